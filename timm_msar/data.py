@@ -236,7 +236,7 @@ def _load(name: str, source: Path | None, download: Path) -> tuple[list[str], di
         images, labels = np.asarray(dataset.data), [int(label) for label in dataset.targets]
         if name == 'fashion_mnist':
             if images.shape[1:] != (28, 28):
-                raise CommandError(f'the {split} images in {where} are {images.shape[1:]}, not 28×28')
+                raise CommandError(f'the {split} images in {where} are {images.shape[1:]}, not (28, 28)')
             images = np.pad(images, [(0, 0), (2, 2), (2, 2)])
         if not labels or len(images) != len(labels) or max(labels) >= len(dataset.classes):
             raise CommandError(f'the {split} labels in {where} do not belong to the images')

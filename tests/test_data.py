@@ -1,0 +1,342 @@
+"""The prepared folders: what timm reads from them, the paper's augmentation pixel by pixel, interruption, bad input."""
+
+import argparse
+import gzip
+import hashlib
+import json
+import pickle
+import random
+import struct
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from timm.data import create_dataset, create_loader
+from torchvision.datasets import CIFAR10, CIFAR100
+
+from timm_msar import data
+from timm_msar.errors import CommandError
+
+FASHION_FILES = {
+    'train': ('train-images-idx3-ubyte.gz', 'train-labels-idx1-ubyte.gz'),
+    'validation': ('t10k-images-idx3-ubyte.gz', 't10k-labels-idx1-ubyte.gz'),
+}
+
+
+def run(*words):
+    """What `timm-msar data WORDS` does."""
+    parser = argparse.ArgumentParser()
+    data.add_arguments(parser)
+    data.main(parser.parse_args([str(word) for word in words]))
+
+
+def noise(count, *shape, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, (count, *shape), dtype=np.uint8)
+
+
+def write_cifar(folder, cls, monkeypatch, names):
+    """Write noise in the layout of the Python version of CIFAR, and make torchvision expect these files' MD5."""
+    base = folder / cls.base_folder
+    base.mkdir(parents=True)
+
+    def write(filename, content):
+        packed = pickle.dumps(content)
+        (base / filename).write_bytes(packed)
+        return hashlib.md5(packed).hexdigest()
+
+    key = 'labels' if cls is CIFAR10 else 'fine_labels'
+    lists, images = {'train_list': [], 'test_list': []}, {'train_list': [], 'test_list': []}
+    for attribute, parts in lists.items():
+        for filename, _ in getattr(cls, attribute):
+            seed = len(images['train_list']) + len(images['test_list'])
+            pixels = noise(2 * len(names), 3, 32, 32, seed=seed)
+            content = {'data': pixels.reshape(len(pixels), -1), key: [*range(len(names))] * 2}
+            parts.append([filename, write(filename, content)])
+            images[attribute].append(pixels.transpose(0, 2, 3, 1))
+        monkeypatch.setattr(cls, attribute, parts)
+    monkeypatch.setattr(cls, 'meta', cls.meta | {'md5': write(cls.meta['filename'], {cls.meta['key']: names})})
+    return np.concatenate(images['train_list']), np.concatenate(images['test_list'])
+
+
+def write_fashion(folder, train=40, validation=20):
+    """Write noise in the format of Fashion-MNIST's four files; label = index modulo 10."""
+    folder.mkdir()
+    images = {}
+    for split, count in {'train': train, 'validation': validation}.items():
+        images[split] = noise(count, 28, 28, seed=count)
+        labels = bytes(index % 10 for index in range(count))
+        image_file, label_file = FASHION_FILES[split]
+        header = struct.pack('>IIII', 0x803, count, 28, 28)
+        (folder / image_file).write_bytes(gzip.compress(header + images[split].tobytes()))
+        (folder / label_file).write_bytes(gzip.compress(struct.pack('>II', 0x801, count) + labels))
+    return images
+
+
+@pytest.fixture
+def fashion(tmp_path):
+    images = write_fashion(tmp_path / 'source')
+    return tmp_path / 'source', tmp_path / 'root', images
+
+
+CIFAR10_NAMES = ['airplane', 'automobile', 'bird', 'cat', 'deer', 'dog', 'frog', 'horse', 'ship', 'truck']
+
+
+@pytest.mark.parametrize('cls, names', [(CIFAR10, CIFAR10_NAMES), (CIFAR100, [f'{i:02d}_x' for i in range(100)])])
+def test_cifar_folder_holds_every_image_under_its_label(cls, names, tmp_path, monkeypatch, capsys):
+    train, test = write_cifar(tmp_path / 'source', cls, monkeypatch, names)
+    run(cls.__name__.lower(), tmp_path / 'root', '--source', tmp_path / 'source')
+    for split, images in {'train': train, 'validation': test}.items():
+        dataset = create_dataset('', root=str(tmp_path / 'root'), split=split)
+        assert list(dataset.reader.class_to_idx) == names
+        assert len(dataset) == len(images)
+        for path, (image, label) in zip(dataset.filenames(basename=True), dataset, strict=True):
+            index = int(path.removesuffix('.png'))
+            assert label == index % len(names)
+            assert image.size == (40, 40)
+            padded = np.zeros((40, 40, 3), np.uint8)
+            padded[4:36, 4:36] = images[index]
+            assert np.array_equal(np.asarray(image), padded)
+    facts = json.loads((tmp_path / 'root' / 'dataset.json').read_text())
+    assert facts['mean'] == pytest.approx((train / 255).mean((0, 1, 2)), abs=6e-5)
+    assert facts['std'] == pytest.approx((train / 255).std((0, 1, 2)), abs=6e-5)
+    assert str(facts['mean']) in capsys.readouterr().out
+
+
+def test_cifar_with_a_wrong_checksum_is_not_read(tmp_path, monkeypatch):
+    write_cifar(tmp_path / 'source', CIFAR10, monkeypatch, CIFAR10_NAMES)
+    (tmp_path / 'source' / CIFAR10.base_folder / 'data_batch_3').write_bytes(b'not what was published')
+    with pytest.raises(CommandError, match='not found or corrupted'):
+        run('cifar10', tmp_path / 'root', '--source', tmp_path / 'source')
+    assert not (tmp_path / 'root').exists()
+
+
+def test_fashion_mnist_is_padded_to_32_and_then_to_40(fashion):
+    source, root, images = fashion
+    run('fashion_mnist', root, '--source', source)
+    assert [folder.name for folder in root.parent.iterdir() if 'partial' in folder.name] == []
+    for split in data.SPLITS:
+        dataset = create_dataset('', root=str(root), split=split)
+        folders = list(dataset.reader.class_to_idx)
+        assert (folders[0], folders[9]) == ('0_t-shirt_top', '9_ankle_boot')
+        for path, (image, label) in zip(dataset.filenames(basename=True), dataset, strict=True):
+            index = int(path.removesuffix('.png'))
+            assert label == index % 10
+            grey = np.pad(images[split][index], 6)
+            assert np.array_equal(np.asarray(image), np.stack([grey] * 3, axis=2))
+    facts = json.loads((root / 'dataset.json').read_text())
+    as_32 = np.pad(images['train'], [(0, 0), (2, 2), (2, 2)]) / 255
+    assert facts['mean'] == pytest.approx([as_32.mean()] * 3, abs=6e-5)
+    assert facts['std'] == pytest.approx([as_32.std()] * 3, abs=6e-5)
+
+
+@pytest.mark.skipif(not data.DEBIAN_FASHION_MNIST.is_dir(), reason="needs Debian's package dataset-fashion-mnist")
+def test_real_fashion_mnist_constants(tmp_path):
+    (tmp_path / 'download').mkdir()
+    classes, splits = data._load('fashion_mnist', None, tmp_path / 'download')
+    assert (len(classes), len(splits['train'][1]), len(splits['validation'][1])) == (10, 60000, 10000)
+    assert np.bincount(splits['train'][1]).tolist() == [6000] * 10
+    # the figures in the configs; published for 28×28 images are 0.2860 and 0.3530, and padding scales both moments
+    mean, std = data._mean_and_std(splits['train'][0])
+    share = 28**2 / 32**2
+    assert mean == [0.219] * 3
+    assert std == [0.3318] * 3
+    assert mean[0] == pytest.approx(share * 0.2860, abs=1e-4)
+    assert std[0] ** 2 == pytest.approx(share * (0.3530**2 + 0.2860**2) - mean[0] ** 2, abs=1e-4)
+
+
+def as_bytes(batch):
+    pixels = (batch * 255).round().to(torch.uint8)
+    assert torch.allclose(pixels / 255, batch, atol=1e-6)  # nothing between two grey values: no interpolation
+    return pixels.permute(0, 2, 3, 1).numpy()
+
+
+@pytest.fixture
+def one_cifar_image(tmp_path, monkeypatch):
+    """A folder from `timm-msar data cifar10` of which only one training image is left, and this image."""
+    train, test = write_cifar(tmp_path / 'source', CIFAR10, monkeypatch, CIFAR10_NAMES)
+    run('cifar10', tmp_path / 'root', '--source', tmp_path / 'source')
+    for path in (tmp_path / 'root' / 'train').glob('*/*.png'):
+        if path.name != '00007.png':
+            path.unlink()
+    return tmp_path / 'root', train[7], test
+
+
+@pytest.mark.parametrize('interpolation, prefetcher', [('random', True), ('bicubic', False)])
+def test_training_images_are_the_81_crops_and_their_mirrors(one_cifar_image, interpolation, prefetcher):
+    root, original, _ = one_cifar_image
+    draws = 2000
+    dataset = create_dataset('', root=str(root), split='train', is_training=True)
+    dataset.reader.samples = dataset.reader.samples * draws  # the same image again and again
+    loader = create_loader(
+        dataset,
+        input_size=(3, 32, 32),
+        batch_size=100,
+        is_training=True,
+        scale=(0.64, 0.64),
+        ratio=(1.0, 1.0),
+        hflip=0.5,
+        color_jitter=0.0,
+        interpolation=interpolation,
+        mean=(0.0, 0.0, 0.0),
+        std=(1.0, 1.0, 1.0),
+        num_workers=0,
+        persistent_workers=False,
+        device=torch.device('cpu'),
+        use_prefetcher=prefetcher,
+    )
+    padded = np.pad(original, [(4, 4), (4, 4), (0, 0)])
+    wanted = {}
+    for top in range(9):
+        for left in range(9):
+            crop = padded[top : top + 32, left : left + 32]
+            wanted[crop.tobytes()] = (top, left, False)
+            wanted[crop[:, ::-1].tobytes()] = (top, left, True)
+    assert len(wanted) == 162
+
+    random.seed(0)
+    torch.manual_seed(0)
+    seen = dict.fromkeys(wanted.values(), 0)
+    for batch, _ in loader:
+        for image in as_bytes(batch):
+            seen[wanted[image.tobytes()]] += 1  # a KeyError is an image that is none of the 162
+    assert sum(seen.values()) == draws
+    assert min(seen.values()) > 0
+    chi_square = sum((count - draws / 162) ** 2 for count in seen.values()) / (draws / 162)
+    assert chi_square < 220  # 161 degrees of freedom: above 220 in 0.1 % of the cases
+
+
+@pytest.mark.parametrize('interpolation, prefetcher', [('bilinear', True), ('bicubic', False)])
+def test_validation_images_are_the_originals(one_cifar_image, interpolation, prefetcher):
+    root, _, originals = one_cifar_image
+    dataset = create_dataset('', root=str(root), split='validation')
+    loader = create_loader(
+        dataset,
+        input_size=(3, 32, 32),
+        batch_size=8,
+        crop_pct=0.8,
+        interpolation=interpolation,
+        mean=(0.0, 0.0, 0.0),
+        std=(1.0, 1.0, 1.0),
+        num_workers=0,
+        persistent_workers=False,
+        device=torch.device('cpu'),
+        use_prefetcher=prefetcher,
+    )
+    outputs = np.concatenate([as_bytes(batch) for batch, _ in loader])
+    order = [int(path.removesuffix('.png')) for path in dataset.filenames(basename=True)]
+    assert sorted(order) == list(range(len(originals)))
+    assert np.array_equal(outputs, originals[order])
+
+
+def test_an_interrupted_run_leaves_no_folder_and_the_next_one_goes_on(fashion, monkeypatch, capsys):
+    source, root, _ = fashion
+    save, saved = Image.Image.save, []
+
+    def save_and_stop_at_25(image, path, *args):
+        if len(saved) == 25:
+            path.write_bytes(b'half of an image')
+            raise KeyboardInterrupt
+        saved.append(path)
+        save(image, path, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Image.Image, 'save', save_and_stop_at_25)
+        with pytest.raises(KeyboardInterrupt):
+            run('fashion_mnist', root, '--source', source)
+    assert not root.exists()
+    first = sorted(root.parent.glob('root.*/train/*/*.png'))
+    assert len(first) == 25
+    times = {path.name: path.stat().st_mtime_ns for path in first}
+
+    run('fashion_mnist', root, '--source', source)
+    paths = sorted(root.glob('train/*/*'))
+    assert len(paths) == 40 and {path.suffix for path in paths} == {'.png'}
+    assert {path.name: path.stat().st_mtime_ns for path in paths if path.name in times} == times  # not written again
+    assert not list(root.parent.glob('*.partial'))
+
+    capsys.readouterr()
+    run('fashion_mnist', root, '--source', source)
+    assert 'is complete' in capsys.readouterr().out
+    paths[0].unlink()
+    with pytest.raises(CommandError, match='not a complete fashion_mnist folder'):
+        run('fashion_mnist', root, '--source', source)
+
+
+def test_a_broken_image_of_an_earlier_run_is_found_before_the_folder_gets_its_name(fashion):
+    source, root, _ = fashion
+    partial = root.with_name('root.fashion_mnist.partial')
+    (partial / 'train' / '0_t-shirt_top').mkdir(parents=True)
+    (partial / 'train' / '0_t-shirt_top' / '00000.png').write_bytes(b'\x89PNG broken')
+    with pytest.raises(CommandError, match=r'1 of the 40 train images do not open.*00000\.png'):
+        run('fashion_mnist', root, '--source', source)
+    assert not root.exists()
+
+
+def test_other_content_is_left_alone(fashion):
+    source, root, _ = fashion
+    root.mkdir()
+    (root / 'thesis.txt').write_text('years of work')
+    with pytest.raises(CommandError, match='exists and is not a complete fashion_mnist folder'):
+        run('fashion_mnist', root, '--source', source)
+    assert [path.name for path in root.iterdir()] == ['thesis.txt']
+
+
+def test_broken_sources_are_told(fashion, tmp_path):
+    source, root, _ = fashion
+    with pytest.raises(CommandError, match='there is no folder'):
+        run('fashion_mnist', root, '--source', tmp_path / 'nowhere')
+    images = source / 'train-images-idx3-ubyte.gz'
+    whole = images.read_bytes()
+    for broken in (whole[: len(whole) // 2], b'<html>', gzip.compress(gzip.decompress(whole)[:-100])):
+        images.write_bytes(broken)
+        with pytest.raises(CommandError, match='cannot read from'):
+            run('fashion_mnist', root, '--source', source)
+    images.unlink()
+    with pytest.raises(CommandError, match='No such file'):
+        run('fashion_mnist', root, '--source', source)
+    images.write_bytes(gzip.compress(struct.pack('>IIII', 0x803, 5, 28, 28) + bytes(5 * 28 * 28)))
+    with pytest.raises(CommandError, match='do not belong to the images'):
+        run('fashion_mnist', root, '--source', source)
+    assert not root.exists()
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for split in ('train', 'val'):  # timm reads val as validation
+        for name in ('cat', 'dog'):
+            (tmp_path / split / name).mkdir(parents=True)
+            Image.fromarray(noise(1, 8, 8, 3)[0]).save(tmp_path / split / name / '1.png')
+    return tmp_path
+
+
+def test_check_accepts_a_good_folder(folder, capsys):
+    run('check', folder, '--num-classes', 2)
+    assert '2 classes, 2 training and 2 validation images' in capsys.readouterr().out
+
+
+def spoil_image(folder):
+    path = folder / 'train' / 'dog' / '1.png'
+    path.write_bytes(path.read_bytes()[:60])
+
+
+@pytest.mark.parametrize(
+    'spoil, message',
+    [
+        (lambda folder: (folder / 'train').rename(folder / 'trains'), 'has no folder train'),
+        (lambda folder: [path.unlink() for path in folder.glob('val/*/*')], 'no image in class folders'),
+        (lambda folder: (folder / 'val' / 'cat' / '1.png').unlink(), r"other classes in train \(2\).*'cat'"),
+        (spoil_image, r'1 of the 2 train images do not open, .*1\.png'),
+    ],
+)
+def test_check_tells_what_is_wrong(folder, spoil, message):
+    spoil(folder)
+    with pytest.raises(CommandError, match=message):
+        run('check', folder)
+
+
+def test_check_tells_a_missing_folder_and_the_wrong_number_of_classes(folder):
+    with pytest.raises(CommandError, match='there is no folder'):
+        run('check', folder / 'nowhere')
+    with pytest.raises(CommandError, match='has 2 classes, not 1000; set num_classes to 2'):
+        run('check', folder, '--num-classes', 1000)
