@@ -1,7 +1,8 @@
 """Multi-Scale Spatially-Asymmetric Recalibration (MS-SAR) networks for timm; importing this registers them."""
 
+from . import cifar_densenet, cifar_resnet, resnet_msar
 from .recalibration import MultiScaleRecalibration
 
 __version__ = '0.1.0'
 
-__all__ = ['MultiScaleRecalibration', '__version__']
+__all__ = ['MultiScaleRecalibration', '__version__', 'cifar_densenet', 'cifar_resnet', 'resnet_msar']

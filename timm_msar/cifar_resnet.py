@@ -1,0 +1,167 @@
+"""ResNet for 32×32 images, plain and with MS-SAR (Table 1)
+
+Three stages of timm's basic blocks with 16, 32 and 64 channels behind a 3×3 stem, as in `Deep Residual Learning for
+Image Recognition` (He et al., Section 4.2) - https://arxiv.org/abs/1512.03385. Shortcuts between stages are 1×1
+projections: with them, not with zero padding, the multiply-adds of Table 1 come out exactly.
+"""
+
+from collections import OrderedDict
+from collections.abc import Callable
+from functools import partial
+
+import torch.nn as nn
+from timm.layers import DropPath
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models.resnet import BasicBlock
+
+from .cifar_net import CifarNet, cifar_cfg
+from .recalibration import MultiScaleRecalibration
+
+__all__ = ['CifarResNet']
+
+
+class CifarResNet(CifarNet):
+    """ResNet for 32×32 images.
+
+    Args:
+        layers: Blocks in each of the three stages.
+        channels: Channels of each stage.
+        drop_path_rate: Probability of skipping the last block in training, falling linearly to 0 for the first.
+        attn_layer: Layer after the second convolution of each block, called with its channels.
+        **kwargs: num_classes, in_chans, global_pool and drop_rate of CifarNet.
+    """
+
+    def __init__(
+        self,
+        layers: tuple[int, int, int] = (3, 3, 3),
+        channels: tuple[int, int, int] = (16, 32, 64),
+        in_chans: int = 3,
+        drop_path_rate: float = 0.0,
+        attn_layer: Callable[..., nn.Module] | None = None,
+        device=None,
+        dtype=None,
+        **kwargs,
+    ):
+        dd = {'device': device, 'dtype': dtype}
+        stem = nn.Sequential(
+            OrderedDict(
+                conv=nn.Conv2d(in_chans, channels[0], kernel_size=3, padding=1, bias=False, **dd),
+                bn=nn.BatchNorm2d(channels[0], **dd),
+                act=nn.ReLU(inplace=True),
+            )
+        )
+        stages = []
+        inplanes = channels[0]
+        for planes, depth in zip(channels, layers):
+            blocks = []
+            for i in range(depth):
+                stride = 2 if i == 0 and planes != inplanes else 1
+                drop_prob = drop_path_rate * (len(stages) * depth + i) / (sum(layers) - 1)
+                blocks.append(
+                    BasicBlock(
+                        inplanes,
+                        planes,
+                        stride=stride,
+                        downsample=_projection(inplanes, planes, stride, **dd) if stride == 2 else None,
+                        attn_layer=attn_layer,
+                        drop_path=DropPath(drop_prob) if drop_prob > 0 else None,
+                        **dd,
+                    )
+                )
+                inplanes = planes
+            stages.append(nn.Sequential(*blocks))
+        super().__init__(stem, stages, (channels[0], *channels), in_chans=in_chans, **dd, **kwargs)
+
+
+def _projection(in_channels: int, out_channels: int, stride: int, **dd) -> nn.Sequential:
+    """1×1 convolution and BN, for the shortcut of a block that changes the shape."""
+    return nn.Sequential(
+        nn.Conv2d(in_channels, out_channels, kernel_size=1, stride=stride, bias=False, **dd),
+        nn.BatchNorm2d(out_channels, **dd),
+    )
+
+
+def _create_cifar_resnet(variant: str, pretrained: bool, **kwargs) -> CifarResNet:
+    feature_cfg = {'out_indices': (0, 1, 2, 3), 'flatten_sequential': True}
+    return build_model_with_cfg(CifarResNet, variant, pretrained, feature_cfg=feature_cfg, **kwargs)
+
+
+def _create_cifar_resnet_msar(
+    variant: str,
+    pretrained: bool,
+    scales: tuple[int, ...],
+    rd_ratio: float,
+    strategy: str,
+    **kwargs,
+) -> CifarResNet:
+    layer = partial(MultiScaleRecalibration, scales=scales, rd_ratio=rd_ratio, strategy=strategy)
+    return _create_cifar_resnet(variant, pretrained, attn_layer=layer, **kwargs)
+
+
+default_cfgs = generate_default_cfgs(
+    {
+        'cifar_resnet20.untrained': cifar_cfg(),
+        'cifar_resnet32.untrained': cifar_cfg(),
+        'cifar_resnet56.untrained': cifar_cfg(),
+        'cifar_resnet20_msar.untrained': cifar_cfg(),
+        'cifar_resnet32_msar.untrained': cifar_cfg(),
+        'cifar_resnet56_msar.untrained': cifar_cfg(),
+    }
+)
+
+
+@register_model
+def cifar_resnet20(pretrained: bool = False, **kwargs) -> CifarResNet:
+    """ResNet-20, 0.27 M parameters."""
+    return _create_cifar_resnet('cifar_resnet20', pretrained, layers=(3, 3, 3), **kwargs)
+
+
+@register_model
+def cifar_resnet32(pretrained: bool = False, **kwargs) -> CifarResNet:
+    """ResNet-32, 0.47 M parameters."""
+    return _create_cifar_resnet('cifar_resnet32', pretrained, layers=(5, 5, 5), **kwargs)
+
+
+@register_model
+def cifar_resnet56(pretrained: bool = False, **kwargs) -> CifarResNet:
+    """ResNet-56, 0.86 M parameters."""
+    return _create_cifar_resnet('cifar_resnet56', pretrained, layers=(9, 9, 9), **kwargs)
+
+
+@register_model
+def cifar_resnet20_msar(
+    pretrained: bool = False,
+    scales: tuple[int, ...] = (1, 2, 4),
+    rd_ratio: float = 1.0,
+    strategy: str = 'regional',
+    **kwargs,
+) -> CifarResNet:
+    """ResNet-20 with MS-SAR in each block; `rd_ratio=0.375` has the cost that Tables 2 and 3 give."""
+    model_args = dict(layers=(3, 3, 3), **kwargs)
+    return _create_cifar_resnet_msar('cifar_resnet20_msar', pretrained, scales, rd_ratio, strategy, **model_args)
+
+
+@register_model
+def cifar_resnet32_msar(
+    pretrained: bool = False,
+    scales: tuple[int, ...] = (1, 2, 4),
+    rd_ratio: float = 1.0,
+    strategy: str = 'regional',
+    **kwargs,
+) -> CifarResNet:
+    """ResNet-32 with MS-SAR in each block; `rd_ratio=0.375` has the cost that Tables 2 and 3 give."""
+    model_args = dict(layers=(5, 5, 5), **kwargs)
+    return _create_cifar_resnet_msar('cifar_resnet32_msar', pretrained, scales, rd_ratio, strategy, **model_args)
+
+
+@register_model
+def cifar_resnet56_msar(
+    pretrained: bool = False,
+    scales: tuple[int, ...] = (1, 2, 4),
+    rd_ratio: float = 1.0,
+    strategy: str = 'regional',
+    **kwargs,
+) -> CifarResNet:
+    """ResNet-56 with MS-SAR in each block; `rd_ratio=0.375` has the cost that Tables 2 and 3 give."""
+    model_args = dict(layers=(9, 9, 9), **kwargs)
+    return _create_cifar_resnet_msar('cifar_resnet56_msar', pretrained, scales, rd_ratio, strategy, **model_args)

@@ -1,0 +1,131 @@
+"""ResNet and ResNeXt with MS-SAR, for 224×224 images (Table 4)
+
+The networks are timm's own ResNets: the basic block takes the layer where it takes Squeeze-and-Excitation, and the
+bottleneck block recalibrates its second convolution rather than its last (Section 3.4 and Figure 2).
+"""
+
+from functools import partial
+from typing import Any
+
+import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models.resnet import BasicBlock, Bottleneck, ResNet
+from torch import Tensor
+
+from .input_size import check_input_size
+from .recalibration import MultiScaleRecalibration
+
+__all__ = ['RecalibratedBottleneck', 'ResNetMsar']
+
+torch.fx.wrap('check_input_size')  # a symbolic tracer records the call
+
+
+class RecalibratedBottleneck(Bottleneck):
+    """timm's bottleneck block with the attention layer after the 3×3 convolution, its BN and ReLU."""
+
+    def __init__(self, *args, attn_layer, device=None, dtype=None, **kwargs):
+        super().__init__(*args, attn_layer=None, device=device, dtype=dtype, **kwargs)
+        self.se = attn_layer(self.conv2.out_channels, device=device, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, C, H, W) to (B, C', H / stride, W / stride)."""
+        shortcut = x if self.downsample is None else self.downsample(x)
+        x = self.act1(self.bn1(self.conv1(x)))
+        x = self.aa(self.act2(self.drop_block(self.bn2(self.conv2(x)))))
+        x = self.se(x)
+        x = self.bn3(self.conv3(x))
+        if self.drop_path is not None:
+            x = self.drop_path(x)
+        return self.act3(x + shortcut)
+
+
+class ResNetMsar(ResNet):
+    """timm's ResNet with MS-SAR in its blocks.
+
+    Raises, beside what ResNet raises, ValueError in the forward pass where an image is smaller than the stride.
+    """
+
+    def __init__(self, *args, output_stride: int = 32, **kwargs):
+        super().__init__(*args, output_stride=output_stride, **kwargs)
+        self.output_stride = output_stride
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map images (B, in_chans, H, W) to logits (B, num_classes)."""
+        return self.forward_head(self.forward_features(check_input_size(x, self.output_stride)))
+
+
+def _create_resnet_msar(
+    variant: str,
+    pretrained: bool,
+    scales: tuple[int, ...],
+    rd_ratio: float,
+    strategy: str,
+    **kwargs,
+) -> ResNetMsar:
+    layer = partial(MultiScaleRecalibration, scales=scales, rd_ratio=rd_ratio, strategy=strategy)
+    return build_model_with_cfg(ResNetMsar, variant, pretrained, block_args={'attn_layer': layer}, **kwargs)
+
+
+def _cfg(**kwargs) -> dict[str, Any]:
+    return {
+        'num_classes': 1000,
+        'input_size': (3, 224, 224),
+        'pool_size': (7, 7),
+        'crop_pct': 0.875,
+        'interpolation': 'bicubic',
+        'mean': IMAGENET_DEFAULT_MEAN,
+        'std': IMAGENET_DEFAULT_STD,
+        'first_conv': 'conv1',
+        'classifier': 'fc',
+        'license': 'apache-2.0',
+        **kwargs,
+    }
+
+
+default_cfgs = generate_default_cfgs(
+    {
+        'resnet18_msar.untrained': _cfg(),
+        'resnet34_msar.untrained': _cfg(),
+        'resnext50_msar.untrained': _cfg(),
+    }
+)
+
+
+@register_model
+def resnet18_msar(
+    pretrained: bool = False,
+    scales: tuple[int, ...] = (1, 2, 4),
+    rd_ratio: float = 1.0,
+    strategy: str = 'regional',
+    **kwargs,
+) -> ResNetMsar:
+    """ResNet-18 with MS-SAR in each block, 13.09 M parameters."""
+    model_args = dict(block=BasicBlock, layers=(2, 2, 2, 2))
+    return _create_resnet_msar('resnet18_msar', pretrained, scales, rd_ratio, strategy, **model_args, **kwargs)
+
+
+@register_model
+def resnet34_msar(
+    pretrained: bool = False,
+    scales: tuple[int, ...] = (1, 2, 4),
+    rd_ratio: float = 1.0,
+    strategy: str = 'regional',
+    **kwargs,
+) -> ResNetMsar:
+    """ResNet-34 with MS-SAR in each block, 24.33 M parameters."""
+    model_args = dict(block=BasicBlock, layers=(3, 4, 6, 3))
+    return _create_resnet_msar('resnet34_msar', pretrained, scales, rd_ratio, strategy, **model_args, **kwargs)
+
+
+@register_model
+def resnext50_msar(
+    pretrained: bool = False,
+    scales: tuple[int, ...] = (1, 2, 4),
+    rd_ratio: float = 0.25,
+    strategy: str = 'regional',
+    **kwargs,
+) -> ResNetMsar:
+    """ResNeXt-50 32x4d with MS-SAR in each block, 27.57 M parameters; `rd_ratio` is what the paper's count implies."""
+    model_args = dict(block=RecalibratedBottleneck, layers=(3, 4, 6, 3), cardinality=32, base_width=4)
+    return _create_resnet_msar('resnext50_msar', pretrained, scales, rd_ratio, strategy, **model_args, **kwargs)
