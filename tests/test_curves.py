@@ -1,0 +1,180 @@
+"""The curves' numbers against figures worked out by hand, the picture, and runs that cannot be read."""
+
+import argparse
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+from timm.utils import update_summary
+
+from timm_msar import curves
+from timm_msar.errors import CommandError
+
+
+def run(*words):
+    """What `timm-msar curves WORDS` does."""
+    parser = argparse.ArgumentParser()
+    curves.add_arguments(parser)
+    curves.main(parser.parse_args([str(word) for word in words]))
+
+
+def make_run(folder, top1, model='cifar_resnet20_msar', **arguments):
+    """A run as train.py leaves it: one epoch per accuracy, the loss is a hundredth of the error."""
+    folder.mkdir()
+    arguments = {
+        **{'model': model, 'epochs': len(top1), 'lr': 0.1, 'data_dir': '/data/fmnist', 'seed': 0, 'workers': 4},
+        **arguments,
+        'experiment': folder.name,
+    }
+    (folder / 'args.yaml').write_text(yaml.safe_dump(arguments))
+    for epoch, accuracy in enumerate(top1):
+        results = {'loss': 1.5, 'top1': accuracy, 'top5': 99.0}
+        loss = {'loss': (100 - accuracy) / 100}
+        update_summary(epoch, loss, results, folder / 'summary.csv', lr=0.1, write_header=epoch == 0)
+    return folder
+
+
+@pytest.fixture
+def three_seeds(tmp_path):
+    return [
+        make_run(tmp_path / 'a', [80.0, 91.0, 90.0], seed=0),
+        make_run(tmp_path / 'b', [82.0, 92.0, 92.0], seed=1, data_dir='/elsewhere/fmnist', workers=8),
+        make_run(tmp_path / 'c', [84.0, 93.0, 94.0], seed=2, device='cuda:1'),
+    ]
+
+
+def test_table_and_picture(three_seeds, tmp_path, capsys):
+    plain = make_run(tmp_path / 'plain', [70.0, 88.5, 87.25], model='cifar_resnet20', epochs=160)
+    output = tmp_path / 'picture.png'
+    run(*three_seeds, plain, '--output', output)
+    # last errors 10, 8, 6: mean 8, deviations 2, 0, -2, so std = sqrt(8 / 2) = 2
+    # best errors 9, 8, 6: mean 23/3 = 7.67, deviations 4/3, 1/3, -5/3, so std = sqrt(42/9 / 2) = 1.53
+    lines = [line.split('  ') for line in capsys.readouterr().out.splitlines()]
+    rows = [[cell.strip() for cell in line if cell.strip()] for line in lines]
+    assert rows[0] == ['configuration', 'n', 'last error %', 'best error %', 'epochs']
+    assert rows[1] == ['cifar_resnet20_msar', '3', '8.00 ± 2.00', '7.67 ± 1.53', '3']
+    assert rows[2] == ['cifar_resnet20', '1', '12.75', '11.50', '3 of 160']
+    assert sorted(path.name for path in tmp_path.glob('*picture*')) == ['picture.png']
+    with Image.open(output) as image:
+        assert image.format == 'PNG'
+        pixels = np.asarray(image.convert('RGB')).astype(int)
+    for color in ((0x1F, 0x77, 0xB4), (0xFF, 0x7F, 0x0E)):  # matplotlib's first two: a line for each configuration
+        half = pixels.shape[1] // 2
+        for side in (pixels[:, :half], pixels[:, half:]):
+            assert (abs(side - color).max(axis=2) < 8).sum() > 50
+
+
+def test_lines_and_bands_are_mean_and_std_of_the_seeds(three_seeds, tmp_path, monkeypatch):
+    from matplotlib.axes import Axes
+
+    drawn = {'plot': [], 'fill_between': []}
+    for name, calls in drawn.items():
+        original = getattr(Axes, name)
+
+        def record(axis, *args, _original=original, _calls=calls, **kwargs):
+            _calls.append(args)
+            return _original(axis, *args, **kwargs)
+
+        monkeypatch.setattr(Axes, name, record)
+    curves.draw(curves.read_runs(three_seeds), tmp_path / 'picture.png')
+    (epochs, loss, _), (_, error, _) = drawn['plot']
+    assert epochs.tolist() == [1, 2, 3]
+    assert error.tolist() == [18.0, 8.0, 8.0]
+    assert loss == pytest.approx([0.18, 0.08, 0.08])
+    _, (_, low, high) = drawn['fill_between']
+    assert low == pytest.approx([16.0, 7.0, 6.0])
+    assert high == pytest.approx([20.0, 9.0, 10.0])
+
+
+def test_other_arguments_make_another_configuration(tmp_path):
+    runs = [
+        make_run(tmp_path / 'a', [90.0], lr=0.1),
+        make_run(tmp_path / 'b', [90.0], lr=0.2),
+        make_run(tmp_path / 'c', [90.0], lr=0.2, seed=1),
+        make_run(tmp_path / 'd', [90.0], lr=0.2, data_dir='/data/cifar10'),
+    ]
+    groups = curves.read_runs(runs)
+    assert [(group.label, len(group.error)) for group in groups] == [
+        ('cifar_resnet20_msar (data_dir=fmnist, lr=0.1)', 1),
+        ('cifar_resnet20_msar (data_dir=fmnist, lr=0.2)', 2),
+        ('cifar_resnet20_msar (data_dir=cifar10, lr=0.2)', 1),
+    ]
+
+
+def test_only_epochs_that_all_seeds_have_are_averaged(tmp_path):
+    runs = [
+        make_run(tmp_path / 'a', [80.0, 90.0, 95.0], epochs=3),
+        make_run(tmp_path / 'b', [82.0, 92.0], epochs=3, seed=1),
+    ]
+    (group,) = curves.read_runs(runs)
+    assert group.error.tolist() == [[20.0, 10.0], [18.0, 8.0]]
+    assert '2 of 3' in curves.table([group])
+
+
+def test_the_same_seed_twice_is_refused(tmp_path):
+    runs = [make_run(tmp_path / name, [90.0]) for name in 'ab']
+    with pytest.raises(CommandError, match='same configuration with the same seed 0'):
+        run(*runs)
+
+
+def test_a_resumed_run_counts_each_epoch_once(tmp_path):
+    folder = make_run(tmp_path / 'a', [80.0, 85.0, 86.0])
+    for epoch, accuracy in (
+        (1, 90.0),
+        (2, 91.0),
+        (3, 92.0),
+    ):  # from the checkpoint of epoch 0; train.py repeats the header
+        results = {'loss': 1.5, 'top1': accuracy, 'top5': 99.0}
+        update_summary(epoch, {'loss': 0.5}, results, folder / 'summary.csv', lr=0.1, write_header=epoch == 1)
+    summary = curves.read_summary(folder / 'summary.csv')
+    assert {epoch: top1 for epoch, (_, top1) in summary.items()} == {0: 80.0, 1: 90.0, 2: 91.0, 3: 92.0}
+
+
+HEADER = 'epoch,train_loss,eval_loss,eval_top1,eval_top5,lr\r\n'
+ROW = '0,0.5,0.6,90.5,99.0,0.1\r\n'
+
+
+@pytest.mark.parametrize(
+    'content, message',
+    [
+        (HEADER + ROW + '1,0.4,0.5,9', r'line 3 of .*summary\.csv is truncated \(4 of 6 fields\)'),
+        (HEADER + ROW + ROW[:-3], 'line 3 of .* is truncated'),  # cut within the last number
+        (HEADER + ROW + '1,0.4,0.5,none,99.0,0.1\r\n', 'line 3 .* something else than numbers: 1,0.4,0.5,none'),
+        (HEADER + 'nan,0.4,0.5,90.0,99.0,0.1\r\n', 'something else than numbers'),
+        (HEADER, 'has no epoch yet'),
+        ('', 'has no column epoch, train_loss, eval_top1'),
+        ('epoch,train_loss,lr\r\n0,0.5,0.1\r\n', 'has no column eval_top1'),
+        (b'\x89PNG\r\n\xff\xfe', 'not a text file'),
+        (None, r'cannot read .*summary\.csv \(No such file'),
+    ],
+)
+def test_an_unreadable_summary_is_told(tmp_path, content, message):
+    folder = make_run(tmp_path / 'a', [90.0])
+    path = folder / 'summary.csv'
+    if content is None:
+        path.unlink()
+    else:
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(CommandError, match=message):
+        run(folder, '--output', tmp_path / 'picture.png')
+    assert not (tmp_path / 'picture.png').exists()
+
+
+def test_other_bad_input_is_told(tmp_path):
+    folder = make_run(tmp_path / 'a', [90.0])
+    with pytest.raises(CommandError, match=r'must end in \.png'):
+        run(folder, '--output', tmp_path / 'picture.pdf')
+    with pytest.raises(CommandError, match='cannot write'):
+        run(folder, '--output', tmp_path / 'nowhere' / 'picture.png')
+    with pytest.raises(CommandError, match='there is no folder'):
+        run(tmp_path / 'b')
+    (folder / 'args.yaml').write_text('lr: 0.1')
+    with pytest.raises(CommandError, match='names no model'):
+        run(folder)
+    (folder / 'args.yaml').write_text('{')
+    with pytest.raises(CommandError, match='is not YAML'):
+        run(folder)
+    (folder / 'args.yaml').unlink()
+    with pytest.raises(CommandError, match=r'cannot read .*args\.yaml'):
+        run(folder)
