@@ -1,0 +1,204 @@
+"""Read a checkpoint of timm's train.py without trusting it, and rebuild the network that it holds.
+
+A checkpoint is a zip file that contains a pickle, and a pickle can run any code. So it is read with
+`weights_only=True`: tensors, numbers, strings, containers, and one class besides, `argparse.Namespace`, in which
+train.py keeps its arguments. That class only stores attributes: it has no `__setstate__` and no `__reduce__`, so
+making one runs no code, whatever the file says. Anything else in the file is refused.
+
+torch.load does not compare the checksums in the zip file: a bit that flips on a disk gives other weights without a
+word. They are compared here, before anything is loaded.
+"""
+
+import argparse
+import csv
+import math
+import pickle
+import zipfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import timm
+import torch
+import yaml
+from timm.models import clean_state_dict
+from torch import nn
+
+from .errors import CommandError
+
+
+class Trained(NamedTuple):
+    """A trained network and what is known about its training."""
+
+    model: Any  # timm's networks have attributes that nn.Module does not declare
+    args: dict[str, Any]  # train.py's arguments
+    epoch: int
+    ema: bool  # whether the weights are the exponential moving average
+    results: dict[str, float]  # what validation measured on these very weights: top1, top5, loss
+
+
+def load_trained(path: Path, ema: str = 'auto') -> Trained:
+    """Read a checkpoint, the `args.yaml` (if the checkpoint has no arguments in it) and the `summary.csv` beside it.
+
+    Which weights are the better ones is known only for those that train.py validated: with an EMA it validates the
+    EMA alone, unless `--model-ema-force-cpu`, where it validates the plain weights. 'auto' takes the validated ones.
+
+    Args:
+        path: `model_best.pth.tar`, `last.pth.tar` or `checkpoint-EPOCH.pth.tar`.
+        ema: 'auto', or 'yes' or 'no' to decide; results of the other weights are then left out.
+
+    Raises:
+        CommandError: If the files do not hold one complete, finite network and the results of its validation.
+    """
+    checkpoint = read_checkpoint(path)
+    args = _arguments(checkpoint, path)
+    validated_ema = 'state_dict_ema' in checkpoint and not args.get('model_ema_force_cpu')
+    use_ema = validated_ema if ema == 'auto' else ema == 'yes'
+    key = 'state_dict_ema' if use_ema else 'state_dict'
+    if key not in checkpoint:
+        raise CommandError(
+            f'{path} has no EMA weights; train with --model-ema, or leave out --ema yes'
+            if use_ema
+            else f'{path} has no `state_dict`, so it is not a checkpoint of train.py'
+        )
+    results = _results(checkpoint, args, path)
+    model = _rebuild(args, checkpoint[key], path)
+    return Trained(model, args, checkpoint['epoch'], use_ema, results if use_ema == validated_ema else {})
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """Read a checkpoint file after comparing its checksums.
+
+    Raises:
+        CommandError: If the file is missing, damaged, holds anything but data, or is no checkpoint of train.py.
+    """
+    if not path.is_file():
+        raise CommandError(f'there is no file {path}; give the model_best.pth.tar or last.pth.tar of train.py')
+    try:
+        if not zipfile.is_zipfile(path):
+            raise CommandError(
+                f'{path} is not a checkpoint, or is cut off: train.py writes a zip file, and this is not one'
+            )
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+    except CommandError:
+        raise
+    except PermissionError as error:
+        raise CommandError(f'{path} cannot be read: {error.strerror}') from error
+    except Exception as error:  # a damaged zip file makes zipfile raise errors of many kinds
+        raise CommandError(f'{path} is damaged ({_first_line(error)}); copy or train it again') from error
+    if damaged is not None:
+        raise CommandError(f'{path} is damaged: the checksum of {damaged} is wrong; copy or train it again')
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            checkpoint = torch.load(path, map_location='cpu', weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise CommandError(
+            f'{path} holds {_unsafe_names(path)} and is not loaded, since that could run any code; '
+            'a checkpoint of train.py holds only tensors, numbers and its arguments'
+        ) from error
+    except Exception as error:  # the file is a zip file, and can hold anything
+        raise CommandError(f'{path} is not a checkpoint of train.py ({_first_line(error)})') from error
+    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get('epoch'), int):
+        raise CommandError(f'{path} is not a checkpoint of train.py: it has no `epoch` and `state_dict`')
+    return checkpoint
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
+def _unsafe_names(path: Path) -> str:
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            names = torch.serialization.get_unsafe_globals_in_checkpoint(str(path))
+    except Exception:  # what could not be loaded need not be readable for this either
+        names = []
+    return f'Python objects ({", ".join(sorted(names))})' if names else 'something else than data'
+
+
+def _arguments(checkpoint: dict[str, Any], path: Path) -> dict[str, Any]:
+    """The arguments as train.py used them are in the checkpoint; a cleaned checkpoint may have lost them."""
+    args = checkpoint.get('args')
+    if isinstance(args, argparse.Namespace):
+        args = vars(args)
+    else:
+        try:
+            args = yaml.safe_load(path.with_name('args.yaml').read_text(encoding='utf-8'))
+        except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+            raise CommandError(
+                f'{path} does not hold the arguments of its training, and the args.yaml beside it cannot be read '
+                f'({type(error).__name__}); put the args.yaml of train.py there'
+            ) from error
+    if not isinstance(args, dict) or not isinstance(args.get('model'), str):
+        raise CommandError(f'the arguments of {path} do not name a model; put the args.yaml of train.py beside it')
+    return args
+
+
+def _rebuild(args: dict[str, Any], state_dict: Any, path: Path) -> nn.Module:
+    if not isinstance(state_dict, dict) or not all(isinstance(value, torch.Tensor) for value in state_dict.values()):
+        raise CommandError(f'{path} is not a checkpoint of train.py: its weights are not a table of tensors')
+    state_dict = clean_state_dict(state_dict)
+    for name, tensor in state_dict.items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise CommandError(f'{path} has NaN or infinite numbers in {name}: the training diverged')
+    input_size = args.get('input_size')
+    in_chans = args.get('in_chans') or (input_size[0] if input_size else 3)
+    try:
+        model = timm.create_model(
+            args['model'],
+            num_classes=args.get('num_classes'),
+            in_chans=in_chans,
+            global_pool=args.get('gp'),
+            bn_momentum=args.get('bn_momentum'),
+            bn_eps=args.get('bn_eps'),
+            **(args.get('model_kwargs') or {}),
+        )
+    except Exception as error:  # timm has no common class for arguments that a model does not take
+        raise CommandError(f'the network of {path} cannot be built again: {_first_line(error)}') from error
+    _check_fit(model, state_dict, f'the weights in {path} are not those of {args["model"]}')
+    model.load_state_dict(state_dict)
+    return model.eval()
+
+
+def _check_fit(model: nn.Module, state_dict: dict[str, torch.Tensor], message: str) -> None:
+    """Compare names and shapes; load_state_dict alone would let a network's own hooks fill in what is missing."""
+    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    found = {name: tuple(tensor.shape) for name, tensor in state_dict.items()}
+    for problem, names in (
+        ('missing', [name for name in wanted if name not in found]),
+        ('not in the network', [name for name in found if name not in wanted]),
+    ):
+        if names:
+            raise CommandError(f'{message}: {len(names)} tensors are {problem}, the first is {names[0]}')
+    for name, shape in wanted.items():
+        if found[name] != shape:
+            raise CommandError(
+                f'{message} with {getattr(model, "num_classes", "its")} classes: {name} is {found[name]}, not {shape}'
+            )
+
+
+def _results(checkpoint: dict[str, Any], args: dict[str, Any], path: Path) -> dict[str, float]:
+    """What validation measured in this epoch; the checkpoint's own metric shows that the summary is of the same run."""
+    summary, epoch, metric = path.with_name('summary.csv'), checkpoint['epoch'], args.get('eval_metric') or 'top1'
+    if checkpoint.get('metric') is None:
+        raise CommandError(f'{path} was never validated (a recovery checkpoint?); give model_best or last.pth.tar')
+    try:
+        with open(summary, newline='', encoding='utf-8') as file:
+            rows = [row for row in csv.DictReader(file) if row.get('epoch') == str(epoch)]
+    except (OSError, csv.Error, UnicodeDecodeError) as error:
+        raise CommandError(f'the results of {path} cannot be read from {summary} ({type(error).__name__})') from error
+    results = {}
+    for name in ('top1', 'top5', 'loss'):
+        try:
+            # a resumed run writes an epoch again, so the last row counts
+            results[name] = float(rows[-1][f'eval_{name}'])
+        except (IndexError, KeyError, TypeError, ValueError):
+            continue
+    if metric not in results or not all(math.isfinite(value) for value in results.values()):
+        raise CommandError(f'{summary} has no eval_{metric} for epoch {epoch}, so there is no result to publish')
+    if not math.isclose(results[metric], checkpoint['metric'], rel_tol=1e-6):
+        raise CommandError(
+            f'{summary} is of another run: it has eval_{metric} {results[metric]} for epoch {epoch}, '
+            f'and the checkpoint {checkpoint["metric"]}'
+        )
+    return results

@@ -1,0 +1,117 @@
+"""Fill the template of a model card, `hub_cards/template.md`: timm's sections, with front matter for the Hub."""
+
+from importlib.resources import files
+from pathlib import Path
+from string import Template
+from typing import Any
+
+import timm
+import torch
+from huggingface_hub import EvalResult, ModelCardData
+
+from .costs import count
+from .training_data import TrainingData
+
+IMAGE_URL = 'https://huggingface.co/datasets/huggingface/documentation-images/resolve/main/beignets-task-guide.png'
+METRICS = {'top1': 'Top-1 accuracy', 'top5': 'Top-5 accuracy'}
+
+
+def card_folder() -> Path:
+    """`hub_cards/`, which the wheel holds inside the package and a checkout beside it."""
+    package = Path(str(files(__package__)))
+    return next(path for path in (package / 'hub_cards', package.parent / 'hub_cards') if path.is_dir())
+
+
+def model_card(
+    source: str,
+    model_id: str,
+    data: TrainingData,
+    results: dict[str, float],
+    description: str,
+    base_model: str | None = None,
+    comparison: str = '',
+) -> str:
+    """Write a model card.
+
+    Args:
+        source: What `timm.create_model` builds the network from here: `local-dir:FOLDER`, or a registered name.
+        model_id: What the reader's `timm.create_model` loads it by: `hf-hub:ME/NAME`, or a registered name.
+        data: What it was trained on.
+        results: Measured `top1` and `top5` in percent; they go into the model index.
+        description: A paragraph on how it was trained.
+        base_model: Repository of the weights that it started from.
+        comparison: Text after the table with the network's own results.
+
+    Returns:
+        The text of README.md.
+    """
+    model: Any = timm.create_model(source).eval()
+    cfg = model.pretrained_cfg
+    in_chans, height, width = cfg['input_size']
+    params, macs, activations = count(model, (in_chans, height, width))
+    title = model_id.rpartition('/')[2].removeprefix('local-dir:')
+    shapes, unpooled = _feature_shapes(source, model)
+    own = (title, *(f'{results[name]:.2f}' if name in results else 'not measured' for name in METRICS))
+    table = [('Model', 'Top-1 (%)', 'Top-5 (%)'), ('---', '---', '---'), own]
+    measured = f'Measured on the {data.split} split of {data.name}.\n\n' if results else ''
+    metadata = ModelCardData(
+        license=cfg.get('license') or 'apache-2.0',
+        library_name='timm',
+        pipeline_tag='image-classification',
+        tags=['image-classification', 'timm', 'timm-msar'],
+        datasets=[data.hub_id] if data.hub_id else None,
+        base_model=base_model,
+        metrics=['accuracy'] if results else None,
+        model_name=title if results else None,
+        eval_results=_eval_results(data, results) or None,
+    )
+    names = {
+        'front_matter': metadata.to_yaml(),
+        'title': title,
+        'description': description,
+        'params': f'{params / 1e6:.2f}',
+        'gmacs': f'{macs / 1e9:.3f}',
+        'activations': f'{activations / 1e6:.2f}',
+        'image_size': f'{height} x {width}',
+        'classes': _classes(data, model.num_classes),
+        'dataset': data.name,
+        'model_id': model_id,
+        'image_url': IMAGE_URL,
+        'image_mode': {1: 'L', 4: 'RGBA'}.get(in_chans, 'RGB'),
+        'topk': str(min(5, model.num_classes)),
+        'feature_shapes': '\n'.join(f'    #  torch.Size({list(shape)})' for shape in shapes),
+        'unpooled_shape': tuple(unpooled),
+        'comparison': measured + '\n'.join(f'| {" | ".join(row)} |' for row in table) + f'\n\n{comparison}'.rstrip(),
+    }
+    return Template((card_folder() / 'template.md').read_text(encoding='utf-8')).substitute(names)
+
+
+def _classes(data: TrainingData, num_classes: int) -> str:
+    if not data.classes:
+        return str(num_classes)
+    names = ', '.join(data.classes[:10])
+    return f'{num_classes} ({names}{", ..." if len(data.classes) > 10 else ""})'
+
+
+def _eval_results(data: TrainingData, results: dict[str, float]) -> list[EvalResult]:
+    return [
+        EvalResult(
+            task_type='image-classification',
+            dataset_type=data.hub_id or data.name,
+            dataset_name=data.name,
+            dataset_split=data.split,
+            metric_type='accuracy',
+            metric_name=name,
+            metric_value=round(results[key] / 100, 6),  # the Hub's accuracy is a fraction
+        )
+        for key, name in METRICS.items()
+        if key in results
+    ]
+
+
+@torch.no_grad()
+def _feature_shapes(source: str, model: Any) -> tuple[list[torch.Size], torch.Size]:
+    """Shapes that the examples of the card print."""
+    image = torch.zeros(1, *model.pretrained_cfg['input_size'])
+    features = timm.create_model(source, features_only=True).eval()
+    return [feature.shape for feature in features(image)], model.forward_features(image).shape
