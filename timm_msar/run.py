@@ -1,0 +1,69 @@
+"""Run one of timm's scripts with the networks of this package: `python -m timm_msar.run SCRIPT ARGS…`.
+
+timm's validate.py, inference.py, benchmark.py and onnx_export.py cannot import a plugin by themselves (train.py can:
+`--device-modules timm_msar`). This imports it, then runs the script as if it had been started directly: it sees its own
+arguments, is `__main__`, finds modules in its own folder, and its exit code is the exit code. Processes that the script
+starts with multiprocessing know the networks too. It works with `torchrun … -m timm_msar.run SCRIPT ARGS…` as well.
+"""
+
+import argparse
+import importlib.metadata
+import os
+import re
+import runpy
+import sys
+import types
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+
+SCRIPT_VARIABLE = 'TIMM_MSAR_SCRIPT'  # by which a spawned process learns the script's path
+FETCH = """\
+  git clone --depth 1 --branch v{version} https://github.com/huggingface/pytorch-image-models
+  cp pytorch-image-models/*.py ."""
+
+
+def main() -> None:
+    """Run the script named by the first argument with the arguments after it."""
+    parser = argparse.ArgumentParser(
+        'python -m timm_msar.run',
+        usage='%(prog)s SCRIPT ARGS…',
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument('script', metavar='SCRIPT', help="path of one of timm's scripts, for example validate.py")
+    script = parser.parse_args(sys.argv[1:2]).script
+    if problem := _why_not(Path(script)):
+        fetch = FETCH.format(version=importlib.metadata.version('timm'))
+        parser.exit(
+            1, f'timm_msar.run: error: {problem}; these lines fetch the scripts of the installed timm:\n{fetch}\n'
+        )
+
+    sys.argv = sys.argv[1:]
+    if not getattr(sys.flags, 'safe_path', False):  # as Python itself does with `python SCRIPT`
+        sys.path[0] = str(Path(script).resolve().parent)
+    module = types.ModuleType('__main__')
+    module.__file__ = os.environ[SCRIPT_VARIABLE] = str(Path(script).absolute())
+    # A spawned process makes its `__main__` again by this name, so it comes through this file and knows the networks.
+    module.__spec__ = ModuleSpec('timm_msar.run', None, origin=script)
+    # runpy.run_path would leave `__mp_main__` behind, by which workers name the script's classes when they send objects
+    sys.modules['__main__'] = sys.modules['__mp_main__'] = module
+    exec(compile(Path(script).read_bytes(), script, 'exec'), module.__dict__)
+
+
+def _why_not(script: Path) -> str:
+    if not script.is_file():
+        return f'there is no script {script}'
+    version_file = script.resolve().parent / 'timm' / 'version.py'
+    if not version_file.is_file():
+        return ''
+    match = re.search(r"""__version__\s*=\s*['"](.+?)['"]""", version_file.read_text())
+    version, installed = match[1] if match else 'unknown', importlib.metadata.version('timm')
+    if version == installed:
+        return ''
+    return f'{script} is in a checkout of timm {version}, which it would import instead of the installed {installed}'
+
+
+if __name__ == '__main__':
+    main()
+elif __name__ == '__mp_main__':  # in a spawned process
+    globals().update(runpy.run_path(os.environ[SCRIPT_VARIABLE], run_name='__mp_main__'))
