@@ -160,6 +160,20 @@ class Hub:
         files = {'.gitattributes': self.add_blob(GIT_ATTRIBUTES)}
         self.set_head(repo_id, 'main', {'message': 'initial commit', 'parent': None, 'files': files})
 
+    def put_folder(self, repo_id: str, folder: Path) -> None:
+        """A repository with the files of a folder, without a client."""
+        self.create_repo(repo_id)
+        commit = {**self.commit(repo_id), 'message': 'Add files', 'parent': self.head(repo_id)}
+        for path in sorted(folder.iterdir()):
+            content = path.read_bytes()
+            if path.suffix in LFS_SUFFIXES:
+                sha256 = hashlib.sha256(content).hexdigest()
+                write(self.root / 'objects' / sha256, content)
+                commit['files'][path.name] = self.add_lfs(sha256, len(content))
+            else:
+                commit['files'][path.name] = self.add_blob(content)
+        self.set_head(repo_id, 'main', commit)
+
     def set_head(self, repo_id: str, revision: str, commit: dict[str, Any]) -> str:
         content = json.dumps(commit).encode()
         oid = hashlib.sha1(content + uuid.uuid4().bytes).hexdigest()

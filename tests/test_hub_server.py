@@ -103,6 +103,12 @@ def test_an_identical_upload_makes_no_commit_and_a_changed_file_makes_one(hub, c
     assert hub.count('PUT', '/storage/') == 1
 
 
+def test_a_folder_put_there_without_a_client_is_read_by_one(hub, client, folder):
+    hub.put_folder('me/other', folder)
+    read = "result = open(hf_hub_download('me/other', 'model.safetensors'), 'rb').read().hex()"
+    assert bytes.fromhex(client(read, token=None)) == WEIGHTS
+
+
 def test_who_may_read_and_write(hub, client):
     result = client("""
 missing = ['RepositoryNotFoundError', 404]
