@@ -11,22 +11,25 @@ import torch
 from hub_server import Hub
 from trained_run import logits, make_run, weights
 
+from timm_msar.cli import main
+
 TOKEN = 'hf_secret_of_me'
 
 # Several pushes in one process, because importing torch takes longer than a push.
 PUSH = """
-import argparse, contextlib, io, json, pathlib, sys
+import argparse, contextlib, io, json, os, sys
 from timm_msar import push
 from timm_msar.errors import CommandError
 
 parser = argparse.ArgumentParser()
 push.add_arguments(parser)
 for line in sys.stdin:
-    output = io.StringIO()
-    code = 0
+    token, *arguments = json.loads(line)
+    os.environ['HF_TOKEN'] = token
+    output, code = io.StringIO(), 0
     with contextlib.redirect_stdout(output):
         try:
-            push.main(parser.parse_args(json.loads(line)))
+            push.main(parser.parse_args(arguments))
         except CommandError as error:
             code = 1
             print(error)
@@ -56,12 +59,12 @@ class Pusher:
             pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log)
             self.process = subprocess.Popen(command, env={**os.environ, **env}, text=True, **pipes)
 
-    def start(self, checkpoint, *options):
-        self.process.stdin.write(json.dumps([str(checkpoint), *options]) + '\n')
+    def start(self, checkpoint, *options, token=TOKEN):
+        self.process.stdin.write(json.dumps([token, str(checkpoint), *options]) + '\n')
         self.process.stdin.flush()
 
-    def __call__(self, checkpoint, *options):
-        self.start(checkpoint, *options)
+    def __call__(self, checkpoint, *options, token=TOKEN):
+        self.start(checkpoint, *options, token=token)
         for line in self.process.stdout:
             if line.startswith('RESULT '):
                 return json.loads(line.removeprefix('RESULT '))
@@ -169,17 +172,18 @@ REFUSED = [
 ]
 
 
-def test_refusals_are_one_sentence_and_change_nothing(hub, push, checkpoint, other_checkpoint):
+def test_refusals_are_one_sentence_and_change_nothing(hub, push, checkpoint, tmp_path):
+    changed = make_run(tmp_path, seed=9)
     assert push(checkpoint, '--repo-id', 'me/net')[0] == 0
     history, head = hub.history('me/net'), hub.head('me/net')
     for name, method, path, what, sentence in REFUSED:
         fault = hub.fault(method, path, **what)
-        code, output = push(other_checkpoint, '--repo-id', 'me/net')
+        code, output = push(changed, '--repo-id', 'me/net')
         last = output.splitlines()[-1]
         assert code == 1 and sentence in last and last.endswith('me/net is as it was'), (name, output)
         assert fault.times == 0 and hub.head('me/net') == head, name
     hub.fault('POST', '/commit/', status=500)
-    assert push(other_checkpoint, '--repo-id', 'me/net', '--revision', 'new')[0] == 1
+    assert push(changed, '--repo-id', 'me/net', '--revision', 'new')[0] == 1
     refs = sorted(path.name for path in (hub.repo_dir('me/net') / 'refs').iterdir())
     assert (refs, hub.history('me/net')) == (['main'], history)  # the branch that was made for it is gone
 
@@ -205,25 +209,18 @@ def test_a_bad_checkpoint_sends_nothing(hub, push, checkpoint, tmp_path):
 
 
 def test_without_token_or_network(hub, checkpoint, tmp_path):
-    env = hub.env(None, tmp_path / 'cache')
-    nobody = Pusher({**env, 'HF_TOKEN': ''}, tmp_path)
-    offline = Pusher({**env, 'HF_TOKEN': TOKEN, 'HF_ENDPOINT': 'http://127.0.0.1:9'}, tmp_path)
+    pusher = Pusher({**hub.env(None, tmp_path / 'cache'), 'HF_ENDPOINT': 'http://127.0.0.1:9'}, tmp_path)
     try:
-        code, output = nobody(checkpoint, '--repo-id', 'me/net')
-        assert (code, output) == (
-            1,
-            'you are not logged in to the Hub; run `hf auth login` with a token that may write\n',
-        )
-        code, output = offline(checkpoint, '--repo-id', 'me/net')
+        code, output = pusher(checkpoint, '--repo-id', 'me/net', token='')
+        assert code == 1
+        assert output == 'you are not logged in to the Hub; run `hf auth login` with a token that may write\n'
+        code, output = pusher(checkpoint, '--repo-id', 'me/net')
         assert code == 1 and 'no connection to http://127.0.0.1:9 (ConnectError)' in output
     finally:
-        nobody.close()
-        offline.close()
+        pusher.close()
 
 
-def test_a_push_that_is_killed_leaves_the_repository_and_the_next_one_succeeds(
-    hub, push, checkpoint, other_checkpoint, tmp_path
-):
+def test_a_push_that_is_killed_leaves_the_repository_and_the_next_one_succeeds(hub, push, checkpoint, tmp_path):
     assert push(checkpoint, '--repo-id', 'me/killed')[0] == 0
     files = hub.commit('me/killed')
     fault = hub.fault('PUT', '/storage/', drop_after=100_000, times=1000)
@@ -244,14 +241,11 @@ def test_a_push_that_is_killed_leaves_the_repository_and_the_next_one_succeeds(
     assert hub.history('me/killed') == ['Add killed', 'Add killed', 'initial commit']
 
 
-def test_the_command_line_ends_with_the_sentence_and_one(hub, checkpoint, tmp_path):
-    command = [sys.executable, '-c', 'import sys; from timm_msar.cli import main; sys.exit(main())', 'push']
-    command += [str(checkpoint), '--repo-id', 'nobody']
-    env = {**os.environ, **hub.env(TOKEN, tmp_path)}
-    process = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
-    assert process.returncode == 1 and process.stdout == ''
-    assert process.stderr.startswith("timm-msar push: error: 'nobody' is not a repository id")
-    assert len(process.stderr.splitlines()) == 1
+def test_the_command_line_ends_with_the_sentence_and_one(checkpoint, capsys):
+    assert main(['push', str(checkpoint), '--repo-id', 'nobody']) == 1
+    output = capsys.readouterr()
+    assert output.out == '' and len(output.err.splitlines()) == 1
+    assert output.err.startswith("timm-msar push: error: 'nobody' is not a repository id")
 
 
 TIMM_PUSH = """
