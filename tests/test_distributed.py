@@ -159,13 +159,21 @@ class Trainer:
     def run(self, name: str, *arguments) -> str:
         """Train to the end and return the log."""
         process = self.start(name, *arguments)
-        log = process.communicate()[0]
+        try:
+            log = process.communicate()[0]
+        finally:
+            process.terminate()  # torchrun ends its workers with it
         assert process.returncode == 0, log[-3000:]
         return log
 
     def weights(self, name: str) -> list[dict]:
         """Weights and buffers that each process ended with."""
         return [torch.load(self.output / name / f'{rank}.pth', weights_only=True) for rank in range(2)]
+
+    def checkpoint(self, name: str) -> dict:
+        """What train.py saved last."""
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(self.output / name / 'last.pth.tar', weights_only=True)
 
     def summary(self, name: str) -> list[dict]:
         with open(self.output / name / 'summary.csv') as file:
@@ -191,8 +199,7 @@ def test_two_processes_learn_and_stay_in_step(trainer, uninterrupted):
     assert 'Distributing BatchNorm running means and vars' in uninterrupted
     summary = trainer.summary('uninterrupted')
     assert float(summary[-1]['train_loss']) < 0.8 * float(summary[0]['train_loss'])
-    with torch.serialization.safe_globals([argparse.Namespace]):
-        checkpoint = torch.load(trainer.output / 'uninterrupted' / 'last.pth.tar', weights_only=True)
+    checkpoint = trainer.checkpoint('uninterrupted')
     average = checkpoint['state_dict_ema']
     assert_same(checkpoint['state_dict'], first, rtol=0, atol=0)
     assert average.keys() == first.keys()
@@ -200,7 +207,10 @@ def test_two_processes_learn_and_stay_in_step(trainer, uninterrupted):
 
 
 def test_killed_run_resumes_to_the_same_result(trainer, uninterrupted):
-    """kill -9 of everything in the middle of the second epoch; continued from the checkpoint of the first."""
+    """kill -9 of everything in the middle of the second epoch; continued from the checkpoint of the first.
+
+    On one machine the two results are the same bit for bit (measured: largest difference 0); 1e-6 is asserted.
+    """
     process = trainer.start('killed', *EPOCHS)
     for line in process.stdout:
         if line.startswith('Train: 1 [   2/5 '):
@@ -218,14 +228,9 @@ def test_killed_run_resumes_to_the_same_result(trainer, uninterrupted):
     resumed, through = trainer.summary('resumed'), trainer.summary('uninterrupted')
     assert [int(row['epoch']) for row in resumed] == [1, 2]
     for row, other in zip(resumed, through[1:], strict=True):
-        print({key: (row[key], other[key]) for key in row})
-        assert float(row['train_loss']) == pytest.approx(float(other['train_loss']), rel=1e-4)
-        assert float(row['eval_top1']) == pytest.approx(float(other['eval_top1']), abs=1)
-    differences = {}
-    for name, weight in trainer.weights('uninterrupted')[0].items():
-        differences[name] = float((trainer.weights('resumed')[0][name] - weight).abs().max())
-    print('largest difference', max(differences.values()))
-    assert max(differences.values()) < 1e-4
+        assert {k: float(v) for k, v in row.items()} == pytest.approx({k: float(v) for k, v in other.items()}, rel=1e-5)
+    for key in ('state_dict', 'state_dict_ema'):
+        assert_same(trainer.checkpoint('resumed')[key], trainer.checkpoint('uninterrupted')[key], rtol=0, atol=1e-6)
 
 
 STEPS = ('--train-split', 'validation', '--batch-size', '10', '--epochs', '1')  # two steps of 2 x 10 images
@@ -241,7 +246,8 @@ def plain(trainer) -> str:
     [
         ('accumulated', ['--grad-accum-steps', '2'], None),
         ('bfloat16', ['--amp', '--amp-dtype', 'bfloat16'], 0.05),
-        ('compiled', ['--torchcompile'], 1e-3),
+        # Two compilers at work: minutes on a small machine.
+        pytest.param('compiled', ['--torchcompile'], 1e-3, marks=pytest.mark.timeout(1800)),
         ('channels-last', ['--channels-last'], 1e-3),
         ('checkpointed', ['--grad-checkpointing'], 1e-5),
     ],
