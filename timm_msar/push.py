@@ -2,7 +2,10 @@
 
 What is uploaded is what `timm-msar export` writes, after the same checks, and as one commit: a push that is cut off
 leaves the repository as it was, and pushing the same again changes nothing. The model card on the Hub is replaced.
-The token is the one of `hf auth login` or HF_TOKEN; the Hub's client sends it and nothing here reads or shows it.
+The token is the one of `hf auth login` or HF_TOKEN; the Hub's client sends it and nothing here shows it.
+
+The Hub compares what it receives with its SHA-256. A reader's client compares sizes alone; `hf cache verify ME/NAME`
+compares the hashes of what was downloaded.
 """
 
 import argparse
