@@ -62,7 +62,7 @@ class CifarNet(nn.Module):
 
     def __init__(
         self,
-        stem: nn.Module,
+        stem: nn.Sequential,
         stages: Sequence[nn.Sequential],
         feature_chs: Sequence[int],
         num_classes: int = 10,
@@ -78,7 +78,9 @@ class CifarNet(nn.Module):
         self.grad_checkpointing = False
         self.stem = stem
         self.stages = nn.Sequential(*stages)
-        names = ['stem', *(f'stages.{i}' for i in range(len(stages)))]
+        # FeatureListNet takes a Sequential apart, so it knows the stem by its last layer.
+        stem_end = [name for name, _ in stem.named_children()][-1]
+        names = [f'stem.{stem_end}', *(f'stages.{i}' for i in range(len(stages)))]
         self.feature_info = [
             {'num_chs': chs, 'reduction': reduction, 'module': name}
             for chs, reduction, name in zip(feature_chs, (1, 1, 2, 4), names)

@@ -174,6 +174,8 @@ class MultiScaleRecalibration(nn.Module):
         """The tensor that the gates are computed from, checked together with x."""
         x = _check_cube(x, self.channels, 'x')
         if source is None:
+            if self.source_channels != self.channels:
+                raise ValueError(f'source must be given: the gates are computed from {self.source_channels} channels.')
             return x
         return _check_source(_check_cube(source, self.source_channels, 'source'), x)
 

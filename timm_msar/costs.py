@@ -1,0 +1,175 @@
+"""Print parameters and multiply-adds of every network of the paper next to the paper's figures.
+
+Multiply-adds are those of convolutions and linear layers for one image, the paper's "FLOPs". The paper rounds some of
+its figures and cuts off others, so a figure counts as equal when either gives it.
+"""
+
+import argparse
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import timm
+import torch
+import torch.nn as nn
+
+from .cifar_densenet import Transition
+
+# Why figures differ from the paper's; a row names the reasons by their letters.
+NOTES = {
+    'a': "D' = D/L is the paper's text; its tables' costs follow from rd_ratio=0.375, the next line",
+    'b': "0.487 M without the BN of the gates, which the paper's figure seems to leave out",
+    'c': 'the paper leaves out the transitions, as does the next line',
+    'd': "the paper's parameters and its FLOPs contradict each other; ours give its FLOPs",
+    'e': "the plain nets have 11.69 M and 21.80 M; the paper's +2.9 M and +5.6 M would cost more FLOPs than it gives, "
+    "D' = D/L costs a little more than it gives",
+    'f': "3.86 G is ResNet-50's figure; ResNeXt-50 32x4d has 4.23 G",
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """A network in a table of the paper: how to create it, the paper's figures, and why ours differ if they do."""
+
+    table: str
+    model: str
+    paper_macs: str
+    paper_params: str = ''
+    note: str = ''
+    model_args: dict[str, Any] = field(default_factory=dict)
+    transitions: bool = True
+
+
+def count(model: nn.Module, input_size: tuple[int, int, int], transitions: bool = True) -> tuple[int, int, int]:
+    """Count parameters, multiply-adds, and activations (values that convolutions and linear layers put out).
+
+    Args:
+        model: The network, on any device; 'meta' counts without computing.
+        input_size: Channels, height and width of the one image.
+        transitions: Whether a DenseNet's transitions count, in multiply-adds and activations.
+
+    Returns:
+        Parameters, multiply-adds, activations.
+    """
+    macs = activations = 0
+
+    def add(module: nn.Module, _: Any, output: torch.Tensor) -> None:
+        nonlocal macs, activations
+        # An output value takes one multiplication for each weight that leads to it.
+        macs += output.numel() * module.weight[0].numel()  # type: ignore[index, operator, union-attr]
+        activations += output.numel()
+
+    left_out = set() if transitions else {m for t in model.modules() if isinstance(t, Transition) for m in t}
+    counted = [m for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear)) and m not in left_out]
+    hooks = [module.register_forward_hook(add) for module in counted]
+    training = model.training
+    weight = next(model.parameters())
+    try:
+        with torch.no_grad():
+            model.eval()(torch.zeros(1, *input_size, device=weight.device, dtype=weight.dtype))
+    finally:
+        model.train(training)
+        for hook in hooks:
+            hook.remove()
+    return sum(p.numel() for p in model.parameters()), macs, activations
+
+
+def rows() -> list[Row]:
+    """The rows of Tables 1, 2, 3 and 5 that give a cost."""
+    listed = []
+    for n, macs, params, msar_macs, msar_params, note in (
+        (20, '40.8M', '0.27M', '40.9M', '0.28M', ''),
+        (32, '69.1M', '0.46M', '69.3M', '0.48M', 'b'),
+        (56, '125.7M', '0.85M', '126.0M', '0.89M', ''),
+    ):
+        listed += [
+            Row('1, 2', f'cifar_resnet{n}', macs, params),
+            Row('2', f'cifar_resnet{n}_msar', msar_macs, msar_params, 'a'),
+            Row('2', f'cifar_resnet{n}_msar', msar_macs, msar_params, note, {'rd_ratio': 0.375}),
+        ]
+    for n, macs, params, msar_macs, msar_params in (
+        (100, '252.5M', '0.80M', '253.3M', '0.99M'),
+        (190, '7.95G', '25.8M', '7.98G', '32.7M'),
+    ):
+        for suffix, row_macs, row_params in (('', macs, params), ('_msar', msar_macs, msar_params)):
+            model = f'cifar_densenet{n}{suffix}'
+            listed += [
+                Row('1, 2', model, row_macs, row_params, 'c, d'),
+                Row('1, 2', model, row_macs, row_params, 'd', transitions=False),
+            ]
+    for scales, resnet_macs, densenet_macs in (
+        ((1,), '125.7M', '252.6M'),
+        ((2,), '125.8M', '253.0M'),
+        ((4,), '126.3M', '254.3M'),
+        ((1, 2), '125.8M', '252.8M'),
+        ((1, 4), '126.0M', '253.5M'),
+        ((2, 4), '126.1M', '253.7M'),
+        ((1, 2, 4), '126.0M', '253.3M'),
+    ):
+        narrow = {'scales': scales, 'rd_ratio': 0.375}
+        densenet = Row('3', 'cifar_densenet100_msar', densenet_macs, '0.99M', 'd', {'scales': scales}, False)
+        listed += [
+            Row('3', 'cifar_resnet56_msar', resnet_macs, '', 'a', {'scales': scales}),
+            Row('3', 'cifar_resnet56_msar', resnet_macs, model_args=narrow),
+            densenet,
+        ]
+    listed.append(Row('4.2', 'cifar_densenet100_msar', '', '0.80M', 'd', {'multi_level': False}, False))
+    for name, plain, figures, note in (
+        ('resnet18', 'resnet18', ('1.81G', '10.9M', '1.81G', '13.8M', '1.81G', '13.8M'), 'e'),
+        ('resnet34', 'resnet34', ('3.66G', '21.7M', '3.66G', '27.3M', '3.67G', '27.4M'), 'e'),
+        ('resnext50', 'resnext50_32x4d', ('3.86G', '25.0M', '3.87G', '27.5M', '3.89G', '27.6M'), 'f'),
+    ):
+        listed += [
+            Row('4, 5', plain, figures[0], figures[1], note),
+            Row('5', f'{name}_msar', figures[2], figures[3], note, {'scales': (1,)}),
+            Row('5', f'{name}_msar', figures[4], figures[5], note),
+        ]
+    return listed
+
+
+PLAIN = {'resnext50_msar': 'resnext50_32x4d'}  # where the plain network is not named like ours
+UNITS = {'M': 1e6, 'G': 1e9}
+
+
+def equals_paper(value: int, figure: str) -> bool:
+    """Whether a count, rounded or cut off, is a figure of the paper such as '40.8M'."""
+    number, unit = figure[:-1], UNITS[figure[-1]]
+    steps = 10 ** len(number.partition('.')[2])
+    scaled = value / unit * steps
+    return round(float(number) * steps) in (math.floor(scaled), round(scaled))
+
+
+def _figure(value: int, unit: str) -> str:
+    return f'{value / UNITS[unit]:.{4 if unit == "G" else 2}f} {unit}'
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command takes no arguments."""
+
+
+def main(args: argparse.Namespace) -> None:
+    """Print a Markdown table of `rows()`, ours next to the paper's, and what the gates add in the default networks."""
+    print('| Table | Network | Multiply-adds | paper | Parameters | paper | Note |')
+    print('|---|---|--:|--:|--:|--:|---|')
+    for row in rows():
+        model = timm.create_model(row.model, device='meta', **row.model_args)
+        params, macs, _ = count(model, model.default_cfg['input_size'], row.transitions)
+        name = ', '.join([row.model, *(f'{k}={list(v) if k == "scales" else v}' for k, v in row.model_args.items())])
+        name += '' if row.transitions else ', without transitions'
+        cells = [row.table, name]
+        differs = False
+        for value, figure in ((macs, row.paper_macs), (params, row.paper_params)):
+            equal = bool(figure) and equals_paper(value, figure)
+            differs |= bool(figure) and not equal
+            cells += [_figure(value, figure[-1] if figure else 'M'), f'{figure} {"=" if equal else "≠"}' if figure else '']
+        print('|', ' | '.join([*cells, row.note if differs else '']), '|')
+    print()
+    for letter, note in NOTES.items():
+        print(f'- {letter}: {note}')
+    print('\n| Network | Multiply-adds without gates | with gates | more |\n|---|--:|--:|--:|')
+    for name in timm.list_models('*_msar'):
+        model = timm.create_model(name, device='meta')
+        size = model.default_cfg['input_size']
+        plain = timm.create_model(PLAIN.get(name, name.removesuffix('_msar')), device='meta')
+        before, after = count(plain, size)[1], count(model, size)[1]
+        print(f'| {name} | {_figure(before, "M")} | {_figure(after, "M")} | {100 * (after / before - 1):.2f} % |')

@@ -1,0 +1,186 @@
+"""Train cifar_resnet20_msar on real handwritten digits, save it, load it back, and draw its gates.
+
+The digits are the 1,797 images of 8×8 pixels that scikit-learn ships, so nothing is downloaded. Model, loader,
+optimiser, scheduler and export are timm's; the loop is what train.py does, in as few lines as possible.
+"""
+
+import argparse
+import random
+import shutil
+import time
+from pathlib import Path
+
+import numpy as np
+import timm
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from timm.data import create_loader
+from timm.models import save_for_hf
+from timm.optim import create_optimizer_v2
+from timm.scheduler import create_scheduler_v2
+from torch import Tensor
+from torch.utils.data import Dataset
+from tqdm import tqdm
+
+from .errors import CommandError
+from .recalibration import MultiScaleRecalibration
+
+MEAN, STD = (0.305, 0.305, 0.305), (0.354, 0.354, 0.354)
+SIZE = (3, 32, 32)
+
+
+class Digits(Dataset):
+    """Every fifth of scikit-learn's digits, from the fifth, if `held_out`, else the others, as 32×32 PIL images."""
+
+    def __init__(self, held_out: bool):
+        from sklearn.datasets import load_digits
+
+        digits = load_digits()
+        chosen = (np.arange(len(digits.target)) % 5 == 4) == held_out
+        pixels = (digits.images[chosen] * (255 / 16)).astype(np.uint8)
+        self.images = [Image.fromarray(p).convert('RGB').resize(SIZE[1:], Image.Resampling.BILINEAR) for p in pixels]
+        self.targets = digits.target[chosen].tolist()
+        self.transform = None
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def __getitem__(self, index: int):
+        image = self.images[index]
+        return self.transform(image) if self.transform else image, self.targets[index]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `timm-msar demo`."""
+    parser.add_argument('--output', type=Path, default=Path('demo'), help='folder to write to (default: %(default)s)')
+    parser.add_argument('--epochs', type=int, default=10, help='passes over the images (default: %(default)s)')
+    parser.add_argument('--seed', type=int, default=0, help='seed of everything random (default: %(default)s)')
+
+
+def main(args: argparse.Namespace) -> None:
+    """Run the demo and say where everything is."""
+    if args.epochs < 1:
+        raise CommandError(f'--epochs must be at least 1, not {args.epochs}.')
+    try:
+        import matplotlib  # noqa: F401
+        import sklearn  # noqa: F401
+    except ImportError as error:
+        raise CommandError(f'{error.name} is missing: run pip install "timm-msar[demo]".') from error
+    if args.output.exists() and not (args.output / 'weights' / 'config.json').is_file() and any(args.output.iterdir()):
+        raise CommandError(f'{args.output} holds something other than a demo: pass another folder with --output.')
+
+    random.seed(args.seed)
+    np.random.seed(args.seed)
+    torch.manual_seed(args.seed)
+    start = time.monotonic()
+    model, accuracy = train(args.epochs)
+
+    # A demo that is cut off must not leave half of one, nor take away an earlier one.
+    partial = args.output.with_name(args.output.name + '.partial')
+    shutil.rmtree(partial, ignore_errors=True)
+    cfg = {'tag': 'digits', 'mean': MEAN, 'std': STD, 'num_classes': 10, 'label_names': [str(i) for i in range(10)]}
+    save_for_hf(model, str(partial / 'weights'), model_config=cfg, safe_serialization=True)
+    loaded = timm.create_model(f'local-dir:{partial / "weights"}', pretrained=True).eval()
+    images = torch.cat([x for x, _ in loader(Digits(held_out=True), is_training=False)])
+    with torch.inference_mode():
+        difference = (loaded(images) - model(images)).abs().max().item()
+    if difference:
+        raise RuntimeError(f'the logits of the weights loaded back differ by {difference}')
+    draw(loaded, images, partial / 'gates.png')
+    shutil.rmtree(args.output, ignore_errors=True)
+    partial.rename(args.output)
+
+    print(f'\nheld-out accuracy   {accuracy:.2f} % after {args.epochs} epochs, {time.monotonic() - start:.0f} s')
+    print(f'weights             {args.output / "weights"} (loaded back: the same logits)')
+    print(f'gates               {args.output / "gates.png"}')
+    print(f"use them            timm.create_model('local-dir:{args.output / 'weights'}', pretrained=True)")
+
+
+def loader(dataset: Digits, is_training: bool):
+    """timm's loader, with crops moved and scaled a little in training; a digit is not mirrored."""
+    return create_loader(
+        dataset,
+        input_size=SIZE,
+        batch_size=64,
+        is_training=is_training,
+        scale=(0.7, 1.0),
+        ratio=(0.9, 1.1),
+        hflip=0.0,
+        color_jitter=0.0,
+        interpolation='bilinear',
+        mean=MEAN,
+        std=STD,
+        crop_pct=1.0,
+        num_workers=0,
+        use_prefetcher=False,
+        device=torch.device('cpu'),
+    )
+
+
+def train(epochs: int) -> tuple[torch.nn.Module, float]:
+    """Train on the digits; return the network in eval mode and its held-out accuracy in percent."""
+    model = timm.create_model('cifar_resnet20_msar', num_classes=10)
+    train_loader = loader(Digits(held_out=False), is_training=True)
+    test_loader = loader(Digits(held_out=True), is_training=False)
+    optimizer = create_optimizer_v2(model, opt='sgd', lr=0.1, momentum=0.9, weight_decay=1e-4)
+    scheduler, _ = create_scheduler_v2(
+        optimizer,
+        sched='cosine',
+        num_epochs=epochs,
+        updates_per_epoch=len(train_loader),
+        step_on_epochs=False,
+        warmup_epochs=0,
+        min_lr=0,
+    )
+    accuracy, step = 0.0, 0
+    for epoch in range(epochs):
+        model.train()
+        progress = tqdm(train_loader, desc=f'epoch {epoch + 1}/{epochs}', unit='batch')
+        for images, targets in progress:
+            loss = F.cross_entropy(model(images), targets)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            step += 1
+            scheduler.step_update(step)
+            progress.set_postfix(loss=f'{loss.item():.3f}')
+        model.eval()
+        with torch.inference_mode():
+            correct = sum((model(images).argmax(1) == targets).sum().item() for images, targets in test_loader)
+        accuracy = 100 * correct / len(test_loader.dataset)
+        print(f'epoch {epoch + 1}/{epochs}: held-out accuracy {accuracy:.2f} %')
+    return model.eval(), accuracy
+
+
+def draw(model: torch.nn.Module, images: Tensor, path: Path, count: int = 8) -> None:
+    """Draw test images with predictions, and the gates of the last layer of each stage averaged over channels."""
+    from matplotlib.figure import Figure
+
+    layers = [stage[-1].se for stage in model.stages]
+    gates: list[np.ndarray] = []
+
+    def keep(layer: MultiScaleRecalibration, inputs: tuple[Tensor, ...]) -> None:
+        gates.append(layer.gates(*inputs).mean(1).numpy())
+
+    hooks = [layer.register_forward_pre_hook(keep) for layer in layers]
+    with torch.inference_mode():
+        probabilities = model(images[:count]).softmax(1)
+    for hook in hooks:
+        hook.remove()
+
+    figure = Figure(figsize=(1.6 * count, 7), layout='constrained')
+    axes = figure.subplots(1 + len(gates), count)
+    for column in range(count):
+        axes[0, column].imshow(images[column, 0].numpy(), cmap='gray')
+        axes[0, column].set_title(f'{probabilities[column].argmax()} ({probabilities[column].max():.0%})')
+    for row, maps in enumerate(gates, start=1):
+        for column in range(count):
+            shown = axes[row, column].imshow(maps[column], cmap='viridis', vmin=maps.min(), vmax=maps.max())
+        axes[row, 0].set_ylabel(f'stage {row}, {maps.shape[1]}×{maps.shape[2]}')
+        figure.colorbar(shown, ax=axes[row, :], shrink=0.8)
+    for axis in axes.flat:
+        axis.set_xticks([])
+        axis.set_yticks([])
+    figure.suptitle('Test images with predictions; gates of the last block of each stage, mean over channels')
+    figure.savefig(path, dpi=100)
