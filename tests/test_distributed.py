@@ -246,8 +246,8 @@ def plain(trainer) -> str:
     [
         ('accumulated', ['--grad-accum-steps', '2'], None),
         ('bfloat16', ['--amp', '--amp-dtype', 'bfloat16'], 0.05),
-        # Two compilers at work: minutes on a small machine.
-        pytest.param('compiled', ['--torchcompile'], 1e-3, marks=pytest.mark.timeout(1800)),
+        # All of torch.compile but inductor's code generation, which takes two cores ten minutes.
+        ('compiled', ['--torchcompile', 'aot_eager'], 1e-3),
         ('channels-last', ['--channels-last'], 1e-3),
         ('checkpointed', ['--grad-checkpointing'], 1e-5),
     ],
