@@ -85,6 +85,7 @@ class CifarNet(nn.Module):
             {'num_chs': chs, 'reduction': reduction, 'module': name}
             for chs, reduction, name in zip(feature_chs, (1, 1, 2, 4), names)
         ]
+        self.feature_chs = list(feature_chs)
         self.num_features = feature_chs[-1]
         self.global_pool, self.fc = create_classifier(
             self.num_features, num_classes, pool_type=global_pool, device=device, dtype=dtype
@@ -171,7 +172,7 @@ class CifarNet(nn.Module):
         shortened = max(take) < len(self.stages)
         self.stages = self.stages[: max(take)]
         if shortened:
-            self.num_features = self.head_hidden_size = self.feature_info[max(take)]['num_chs']
+            self.num_features = self.head_hidden_size = self.feature_chs[max(take)]
         if prune_head or shortened:
             self.reset_classifier(0, '')
         return take

@@ -50,7 +50,7 @@ class CifarResNet(CifarNet):
                 act=nn.ReLU(inplace=True),
             )
         )
-        stages = []
+        stages: list[nn.Sequential] = []
         inplanes = channels[0]
         for planes, depth in zip(channels, layers):
             blocks = []

@@ -161,7 +161,10 @@ def main(args: argparse.Namespace) -> None:
         for value, figure in ((macs, row.paper_macs), (params, row.paper_params)):
             equal = bool(figure) and equals_paper(value, figure)
             differs |= bool(figure) and not equal
-            cells += [_figure(value, figure[-1] if figure else 'M'), f'{figure} {"=" if equal else "≠"}' if figure else '']
+            cells += [
+                _figure(value, figure[-1] if figure else 'M'),
+                f'{figure} {"=" if equal else "≠"}' if figure else '',
+            ]
         print('|', ' | '.join([*cells, row.note if differs else '']), '|')
     print()
     for letter, note in NOTES.items():

@@ -54,7 +54,7 @@ class Digits(Dataset):
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `timm-msar demo`."""
     parser.add_argument('--output', type=Path, default=Path('demo'), help='folder to write to (default: %(default)s)')
-    parser.add_argument('--epochs', type=int, default=10, help='passes over the images (default: %(default)s)')
+    parser.add_argument('--epochs', type=int, default=8, help='passes over the images (default: %(default)s)')
     parser.add_argument('--seed', type=int, default=0, help='seed of everything random (default: %(default)s)')
 
 
@@ -157,7 +157,8 @@ def draw(model: torch.nn.Module, images: Tensor, path: Path, count: int = 8) -> 
     """Draw test images with predictions, and the gates of the last layer of each stage averaged over channels."""
     from matplotlib.figure import Figure
 
-    layers = [stage[-1].se for stage in model.stages]
+    images = images[:: len(images) // count][:count]
+    layers = [model.get_submodule(f'stages.{i}.2.se') for i in range(3)]
     gates: list[np.ndarray] = []
 
     def keep(layer: MultiScaleRecalibration, inputs: tuple[Tensor, ...]) -> None:
@@ -165,7 +166,7 @@ def draw(model: torch.nn.Module, images: Tensor, path: Path, count: int = 8) -> 
 
     hooks = [layer.register_forward_pre_hook(keep) for layer in layers]
     with torch.inference_mode():
-        probabilities = model(images[:count]).softmax(1)
+        probabilities = model(images).softmax(1)
     for hook in hooks:
         hook.remove()
 

@@ -1,6 +1,5 @@
 """The check that an image is not smaller than a network's stride."""
 
-import torch
 from torch import Tensor
 
 

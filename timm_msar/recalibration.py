@@ -53,7 +53,7 @@ def _check_source(source: Tensor, x: Tensor) -> Tensor:
     """Return `source` if it covers the same images and positions as `x`, raise ValueError if not."""
     if source.shape[0] != x.shape[0] or source.shape[2:] != x.shape[2:]:
         raise ValueError(
-            f'source must have the batch, height and width of x, {list(x.shape)}, but its shape is {list(source.shape)}.'
+            f'source must have the batch, height and width of x, {list(x.shape)}, not the shape {list(source.shape)}.'
         )
     return source
 

@@ -11,7 +11,6 @@ Sliding: a square window around each position, clipped at the border of the map.
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -95,12 +94,27 @@ def regional_means(x: Tensor, scales: list[int]) -> list[Tensor]:
 
 def sliding_mean(x: Tensor, scale: int) -> Tensor:
     """Mean y of x, (B, C, H, W), over the clipped window of half-width ⌊√(H·W)/K⌋ around each position."""
-    height, width = x.shape[2], x.shape[3]
-    reach = int(math.sqrt(height * width)) // scale
-    # The clipped window is a rectangle, so its mean is the mean of means, one axis after the other.
-    rows, cols = min(reach, height - 1), min(reach, width - 1)
-    x = F.avg_pool2d(x, (2 * rows + 1, 1), stride=1, padding=(rows, 0), count_include_pad=False)
-    return F.avg_pool2d(x, (1, 2 * cols + 1), stride=1, padding=(0, cols), count_include_pad=False)
+    reach = int(math.sqrt(_counted(x.shape[2]) * _counted(x.shape[3]))) // scale
+    # A clipped window is a rectangle, so its mean is the mean over its rows of the means over its columns.
+    return _window_weights(x, 2, reach) @ x @ _window_weights(x, 3, reach).T
+
+
+def _counted(size: int) -> int:
+    """The size itself, as a constant when compiled: torch.compile unrolls the loop.
+
+    Its convolutions fail on a map whose size is a symbol; the regions' borders make constants of it in the same way.
+    """
+    count = 0
+    for _ in range(size):
+        count += 1
+    return count
+
+
+def _window_weights(x: Tensor, dim: int, reach: int) -> Tensor:
+    """Matrix that takes the mean over the positions within `reach` of each one along `dim` of x."""
+    position = torch.arange(x.shape[dim], device=x.device)
+    window = ((position[:, None] - position).abs() <= reach).to(x.dtype)
+    return window / window.sum(1, keepdim=True)
 
 
 def average_on_pieces(z: list[Tensor], x: Tensor, scales: list[int]) -> Tensor:

@@ -1,0 +1,64 @@
+"""MS-SAR written from Eq. (1) and (2) position by position: slow, in float64, and without any of the package's code."""
+
+import math
+
+import torch
+
+
+def coordinate_set(h, w, height, width, scale, strategy):
+    """S_K(h, w) of Section 3.2, as a list of positions."""
+    everywhere = [(i, j) for i in range(height) for j in range(width)]
+    if strategy == 'sliding':
+        reach = math.sqrt(height * width) / scale
+        return [(i, j) for i, j in everywhere if abs(i - h) <= reach and abs(j - w) <= reach]
+    rows, cols = min(scale, height), min(scale, width)
+    region = (h * rows // height, w * cols // width)
+    return [(i, j) for i, j in everywhere if (i * rows // height, j * cols // width) == region]
+
+
+def coordinate_sets(height, width, scale, strategy):
+    """The distinct sets, and for every position, row by row, the index of its own.
+
+    With sliding windows each position has a set of its own, even where two windows hold the same positions: that is
+    how often they count in the statistics of batch norm.
+    """
+    sets, index = [], {}
+    for h in range(height):
+        for w in range(width):
+            if (h, w) in index:
+                continue
+            members = coordinate_set(h, w, height, width, scale, strategy)
+            for position in members if strategy == 'regional' else [(h, w)]:
+                index[position] = len(sets)
+            sets.append(members)
+    return sets, [index[h, w] for h in range(height) for w in range(width)]
+
+
+def batch_norm(vectors, bn, training):
+    """Batch norm of vectors (N, C), with the statistics of the batch or, for evaluation or one vector, running ones."""
+    if training and len(vectors) > 1:
+        mean, var = vectors.mean(0), vectors.var(0, unbiased=False)
+    else:
+        mean, var = bn.running_mean.double(), bn.running_var.double()
+    return (vectors - mean) / torch.sqrt(var + bn.eps) * bn.weight.double() + bn.bias.double()
+
+
+def gates(layer, x, source=None):
+    """Z of Eq. (2) for x, (B, D, H, W), in float64."""
+    source = (x if source is None else source).double()
+    batch, _, height, width = source.shape
+    z = 0
+    for scale in layer.scales:
+        sets, index = coordinate_sets(height, width, scale, layer.strategy)
+        y = []
+        for image in source:
+            for members in sets:
+                rows, cols = zip(*members)
+                y.append(image[:, rows, cols].sum(-1) / len(members))
+        gate = layer.scale[str(scale)]
+        omega1, omega2 = gate.fc1.weight.double()[:, :, 0, 0], gate.fc2.weight.double()[:, :, 0, 0]
+        hidden = torch.relu(batch_norm(torch.stack(y) @ omega1.T, gate.bn1, layer.training))
+        z_k = torch.sigmoid(batch_norm(hidden @ omega2.T, gate.bn2, layer.training))
+        z_k = z_k.reshape(batch, len(sets), -1)[:, index]
+        z = z + z_k.transpose(1, 2).reshape(batch, -1, height, width)
+    return z / len(layer.scales)

@@ -1,0 +1,246 @@
+"""Every network as a timm model: arguments, features, tools, and the formats that models are taken to."""
+
+import json
+
+import pytest
+import timm
+import torch
+import torch.nn as nn
+from timm.models import group_parameters, save_for_hf
+
+import timm_msar
+from timm_msar import MultiScaleRecalibration
+
+NAMES = sorted({*timm.list_models('*_msar'), *timm.list_models('cifar_*')})
+# One of each class; the others differ in depth and width alone.
+KINDS = ['cifar_resnet20_msar', 'cifar_densenet100_msar', 'resnet18_msar', 'resnext50_msar']
+SMALL = KINDS[:3]
+
+
+def create(name, seed=0, **kwargs):
+    torch.manual_seed(seed)
+    return timm.create_model(name, **kwargs)
+
+
+def images(name, batch=2, chans=3):
+    torch.manual_seed(1)
+    return torch.randn(batch, chans, *((32, 32) if name.startswith('cifar') else (64, 96)))
+
+
+def layers_of(model):
+    return [m for m in model.modules() if isinstance(m, MultiScaleRecalibration)]
+
+
+def test_the_names_of_the_design():
+    assert set(NAMES) == {
+        *('resnet18_msar', 'resnet34_msar', 'resnext50_msar'),
+        *(f'cifar_resnet{n}{suffix}' for n in (20, 32, 56) for suffix in ('', '_msar')),
+        *(f'cifar_densenet{n}{suffix}' for n in (100, 190) for suffix in ('', '_msar')),
+    }
+
+
+@pytest.mark.parametrize('name', [n for n in NAMES if n.endswith('_msar')])
+def test_a_layer_in_every_block(name):
+    model = create(name, device='meta')
+    blocks = {'20': 9, '32': 15, '56': 27, '100': 48, '190': 93, '18': 8, '34': 16, '50': 16}
+    assert len(layers_of(model)) == next(n for depth, n in blocks.items() if name.endswith(f't{depth}_msar'))
+
+
+@pytest.mark.parametrize('name', KINDS)
+def test_arguments_reach_the_layers_and_come_back_from_disk(name, tmp_path):
+    kwargs = {'scales': [1, 3], 'rd_ratio': 0.5, 'strategy': 'sliding', 'num_classes': 7, 'in_chans': 1}
+    if 'densenet' in name:
+        kwargs['multi_level'] = False
+    model = create(name, **kwargs).eval()
+    save_for_hf(model, str(tmp_path), safe_serialization=True)
+    assert json.loads((tmp_path / 'config.json').read_text())['model_args']['scales'] == [1, 3]
+    loaded = timm.create_model(f'local-dir:{tmp_path}', pretrained=True).eval()
+    for layer in layers_of(loaded):
+        assert layer.scales == [1, 3]
+        assert layer.strategy == 'sliding'
+        assert layer.scale['1'].fc1.out_channels == max(1, int(0.5 * layer.channels / 2))
+        assert 'densenet' not in name or layer.source_channels == layer.channels == 12
+    x = images(name, chans=1)
+    assert torch.equal(loaded(x), model(x))
+
+
+def test_multi_level_gates_see_every_feature_fed_to_the_layer():
+    layers = layers_of(create('cifar_densenet100_msar', device='meta'))
+    assert [layer.source_channels for layer in layers[:3]] == [24, 36, 48]
+    assert all(layer.channels == 12 for layer in layers)
+
+
+def test_the_gate_recalibrates_the_second_convolution():
+    """Figure 2: after BN in a basic block, after BN and ReLU of the 3×3 convolution in a bottleneck block."""
+    seen = {}
+    for name, path in (
+        ('resnet18_msar', 'layer1.0'),
+        ('resnext50_msar', 'layer2.1'),
+        ('cifar_resnet20_msar', 'stages.1.1'),
+    ):
+        model = create(name).eval()
+        block = model.get_submodule(path)
+        block.bn2.register_forward_hook(lambda m, i, out: seen.update(bn2=out.clone()))
+        block.se.register_forward_hook(lambda m, i, out: seen.update(before=i[0].clone(), after=out.clone()))
+        following = block.conv3 if name == 'resnext50_msar' else block.act2
+        following.register_forward_pre_hook(lambda m, i: seen.update(following=i[0].clone()))
+        block.register_forward_pre_hook(lambda m, i: seen.update(shortcut=i[0].clone()))
+        model(images(name))
+        if name == 'resnext50_msar':
+            assert torch.equal(seen['before'], seen['bn2'].relu())
+            assert torch.equal(seen['following'], seen['after'])
+        else:
+            assert torch.equal(seen['before'], seen['bn2'])
+            assert torch.equal(seen['following'], seen['after'] + seen['shortcut'])
+        assert torch.equal(seen['after'], seen['before'] * block.se.gates(seen['before']))
+
+
+@pytest.mark.parametrize('name', SMALL)
+def test_features(name):
+    model = create(name).eval()
+    x = images(name)
+    final, features = model.forward_intermediates(x)
+    assert torch.equal(final, model.forward_features(x))
+    assert torch.equal(model(x), model.forward_head(final))
+    for kwargs in ({}, {'feature_cls': 'getter'}):
+        wrapped = create(name, features_only=True, out_indices=tuple(range(len(features))), **kwargs).eval()
+        assert len(wrapped(x)) == len(features)
+        for out, expected, channels, reduction in zip(
+            wrapped(x), features, wrapped.feature_info.channels(), wrapped.feature_info.reduction(), strict=True
+        ):
+            torch.testing.assert_close(out, expected)
+            assert out.shape == (2, channels, x.shape[2] // reduction, x.shape[3] // reduction)
+    assert torch.equal(create(name, features_only=True, out_indices=(1, -1)).eval()(x)[1], features[-1])
+    early = model.forward_intermediates(x, indices=[1], stop_early=True, intermediates_only=True)
+    assert torch.equal(early[0], features[1])
+
+
+@pytest.mark.parametrize('name', SMALL)
+def test_pruned_to_a_feature(name):
+    model = create(name).eval()
+    x = images(name)
+    expected = model.forward_intermediates(x, intermediates_only=True)
+    for index in range(len(expected)):
+        pruned = create(name).train()
+        assert pruned.prune_intermediate_layers([index]) == [index]
+        pruned.forward_intermediates(x, indices=[index], intermediates_only=True)[0].sum().backward()
+        assert all(p.grad is not None for p in pruned.parameters())
+        out = create(name).eval()
+        out.prune_intermediate_layers([index])
+        assert torch.equal(out.forward_intermediates(x, indices=[index], intermediates_only=True)[0], expected[index])
+    with pytest.raises((ValueError, AssertionError), match='ind'):
+        model.forward_intermediates(x, indices=[9])
+
+
+@pytest.mark.parametrize('output_stride', [8, 16])
+def test_output_stride(output_stride):
+    model = create('resnet18_msar', output_stride=output_stride).eval()
+    assert model(torch.randn(1, 3, 16, 16)).shape == (1, 1000)
+    assert model.forward_features(torch.randn(1, 3, 64, 64)).shape[-1] == 64 // output_stride
+
+
+def test_drop_rates_act_in_training_alone():
+    x = images('cifar_resnet20_msar')
+    for name, kwargs in (
+        ('cifar_resnet20_msar', {'drop_rate': 0.5}),
+        ('cifar_resnet20_msar', {'drop_path_rate': 0.5}),
+        ('cifar_densenet100_msar', {'proj_drop_rate': 0.5}),
+    ):
+        model = create(name, **kwargs)
+        assert torch.equal(model.eval()(x), create(name).eval()(x))
+        model.train()
+        assert not torch.equal(model(x), model(x))
+    rates = [
+        b.drop_path.drop_prob for s in create('cifar_resnet20', drop_path_rate=0.4).stages for b in s if b.drop_path
+    ]
+    assert rates == pytest.approx([0.4 * i / 8 for i in range(1, 9)])
+
+
+@pytest.mark.parametrize('name', SMALL)
+def test_gradient_checkpointing_changes_nothing(name):
+    x = images(name)
+    gradients = []
+    for enable in (False, True):
+        model = create(name).train()
+        model.set_grad_checkpointing(enable)
+        model(x).square().mean().backward()
+        gradients.append([p.grad for p in model.parameters()])
+    for a, b in zip(*gradients):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_parameter_groups_follow_the_blocks(name):
+    model = create(name, device='meta')
+    fine = group_parameters(model, model.group_matcher(coarse=False), reverse=True)
+    coarse = group_parameters(model, model.group_matcher(coarse=True), reverse=True)
+    gates = [n for n in fine if '.se.' in n]
+    for gate in gates:
+        block = gate.split('.se.')[0]
+        assert fine[gate] == fine[next(n for n in fine if n.startswith(f'{block}.conv2'))]
+    stages = 4 if name.startswith('res') else 3
+    assert len(set(coarse.values())) == stages + 2  # the stem and the head
+
+
+@pytest.mark.parametrize('name', SMALL)
+def test_fx(name):
+    model = create(name).eval()
+    x = images(name)
+    assert torch.equal(torch.fx.symbolic_trace(model)(x), model(x))
+
+
+@pytest.mark.parametrize('name', ['cifar_resnet20_msar', 'resnet18_msar'])
+def test_export_with_any_batch(name):
+    model = create(name).eval()
+    x = images(name)
+    program = torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim('batch', min=1, max=64)},))
+    for batch in (1, 5):
+        x = images(name, batch=batch)
+        torch.testing.assert_close(program.module()(x), model(x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize('name', ['cifar_resnet20_msar', 'resnet18_msar'])
+def test_compiled_without_a_graph_break(name):
+    # The layer is tested with the inductor compiler; what a network adds is the tracing.
+    model = create(name).eval()
+    x = images(name)
+    assert torch.equal(torch.compile(model, fullgraph=True, backend='eager')(x), model(x))
+
+
+@pytest.mark.parametrize('name', KINDS)
+def test_device_and_dtype(name):
+    model = create(name, device='meta', dtype=torch.bfloat16)
+    tensors = [*model.parameters(), *(b for b in model.buffers() if b.is_floating_point())]
+    assert all(t.device.type == 'meta' and t.dtype == torch.bfloat16 for t in tensors)
+    out = create(name, dtype=torch.bfloat16).eval()(images(name).bfloat16())
+    assert out.dtype == torch.bfloat16
+    assert out.isfinite().all()
+
+
+@pytest.mark.parametrize('name', SMALL)
+def test_a_batch_of_one_trains(name):
+    create(name).train()(torch.randn(1, 3, 64, 64)).sum().backward()
+
+
+@pytest.mark.parametrize('name', KINDS)
+def test_bad_input(name):
+    stride = 4 if name.startswith('cifar') else 32
+    model = create(name).eval()
+    with pytest.raises(ValueError, match=f'at least {stride}×{stride} pixels'):
+        model(torch.randn(1, 3, stride, stride - 1))
+    with pytest.raises(ValueError, match='shape'):
+        model(torch.randn(3, stride, stride))
+    with pytest.raises(TypeError, match='unexpected keyword'):
+        create(name, scale=(1, 2))
+    for kwargs in ({'scales': []}, {'strategy': 'x'}, {'rd_ratio': -1}):
+        with pytest.raises(ValueError, match=next(iter(kwargs))):
+            create(name, **kwargs)
+
+
+def test_sync_batch_norm_reaches_the_gates_of_a_network():
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(create('cifar_resnet20_msar', device='meta'))
+    assert all(isinstance(gate.bn2, nn.SyncBatchNorm) for layer in layers_of(model) for gate in layer.scale.values())
+
+
+def test_version():
+    assert timm_msar.__version__

@@ -1,0 +1,233 @@
+"""The layer against a slow reference written from the paper's equations, and its properties."""
+
+import pytest
+import slow_reference
+import timm
+import torch
+import torch.nn as nn
+from timm.layers import convert_sync_batchnorm
+
+from timm_msar import MultiScaleRecalibration
+
+SHAPES = [(8, 8), (7, 7), (14, 14), (28, 40), (3, 3), (2, 2), (1, 1), (5, 9)]
+SCALES = [(1, 2, 4), (1,), (4,), (2, 1), (3, 4), (7,)]
+
+
+def layer_of(channels=6, seed=0, **kwargs):
+    """A layer with weights and running statistics that are nothing special."""
+    torch.manual_seed(seed)
+    layer = MultiScaleRecalibration(channels, **kwargs)
+    with torch.no_grad():
+        for module in layer.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.weight.uniform_(0.5, 2)
+                module.bias.normal_()
+                module.running_mean.normal_(std=0.3)
+                module.running_var.uniform_(0.5, 2)
+    return layer
+
+
+def compare(layer, shape, source_channels=None, training=True):
+    """Compare output and gradients with the reference, all in float64."""
+    layer = layer.double().train(training)
+    state = {k: v.clone() for k, v in layer.state_dict().items()}
+    x = torch.randn(2, layer.channels, *shape, dtype=torch.float64, requires_grad=True)
+    source = None
+    if source_channels is not None:
+        source = torch.randn(2, source_channels, *shape, dtype=torch.float64, requires_grad=True)
+    wanted_from = [x, *([source] if source is not None else []), *layer.parameters()]
+    cotangent = torch.randn(x.shape, dtype=torch.float64)
+
+    expected = x * slow_reference.gates(layer, x, source)
+    expected_grads = torch.autograd.grad(expected, wanted_from, cotangent)
+    out = layer(x, source)
+    grads = torch.autograd.grad(out, wanted_from, cotangent)
+
+    torch.testing.assert_close(out, expected, rtol=1e-10, atol=1e-10)
+    for grad, expected_grad in zip(grads, expected_grads):
+        torch.testing.assert_close(grad, expected_grad, rtol=1e-7, atol=1e-8)
+    layer.load_state_dict(state)
+    torch.testing.assert_close(x * layer.gates(x, source), expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize('training', [True, False], ids=['train', 'eval'])
+@pytest.mark.parametrize('scales', SCALES, ids=str)
+@pytest.mark.parametrize('shape', [s for s in SHAPES if s not in ((14, 14), (28, 40))], ids=str)
+def test_regional_is_the_paper(shape, scales, training):
+    compare(layer_of(scales=scales), shape, training=training)
+
+
+@pytest.mark.parametrize('scales', [(1, 2, 4), (3, 4)], ids=str)
+@pytest.mark.parametrize('shape', [(14, 14), (28, 40), (56, 56)], ids=str)
+def test_regional_is_the_paper_on_large_maps(shape, scales):
+    compare(layer_of(channels=3, scales=scales), shape)
+
+
+@pytest.mark.parametrize('training', [True, False], ids=['train', 'eval'])
+@pytest.mark.parametrize('scales', [(1, 2, 4), (3,)], ids=str)
+@pytest.mark.parametrize('shape', [(8, 8), (7, 7), (5, 9), (3, 3), (2, 2), (1, 1)], ids=str)
+def test_sliding_is_the_paper(shape, scales, training):
+    compare(layer_of(channels=3, scales=scales, strategy='sliding'), shape, training=training)
+
+
+@pytest.mark.parametrize('shape', [(14, 14), (12, 20)], ids=str)
+def test_sliding_is_the_paper_on_large_maps(shape):
+    compare(layer_of(channels=2, scales=(2, 4), strategy='sliding'), shape)
+
+
+@pytest.mark.parametrize('strategy', ['regional', 'sliding'])
+def test_gates_from_another_tensor(strategy):
+    compare(layer_of(channels=4, source_channels=9, strategy=strategy), (7, 7), source_channels=9)
+
+
+@pytest.mark.parametrize('strategy', ['regional', 'sliding'])
+@pytest.mark.parametrize('scales', [(1,), (2,), (4,)], ids=str)
+def test_a_change_outside_the_set_leaves_the_gate_untouched(scales, strategy):
+    layer = layer_of(scales=scales, strategy=strategy).eval()
+    x = torch.randn(1, 6, 14, 14)
+    before = layer.gates(x)
+    changed = x.clone()
+    changed[0, :, 5, 9] += 100
+    same = (layer.gates(changed) == before).all(1)[0]
+    for h in range(14):
+        for w in range(14):
+            inside = (5, 9) in slow_reference.coordinate_set(h, w, 14, 14, scales[0], strategy)
+            assert same[h, w] == (not inside), (h, w)
+
+
+@pytest.mark.parametrize('size', [7, 8, 14])
+def test_noise_without_mean_in_each_region_leaves_every_gate_untouched(size):
+    layer = layer_of().double().eval()
+    x = torch.randn(2, 6, size, size, dtype=torch.float64)
+    noise = torch.randn_like(x)
+    for h in range(size):
+        for w in range(size):
+            region = slow_reference.coordinate_set(h, w, size, size, 4, 'regional')
+            if (h, w) == region[0]:
+                rows, cols = zip(*region)
+                noise[:, :, rows, cols] -= noise[:, :, rows, cols].mean(-1, keepdim=True)
+    torch.testing.assert_close(layer.gates(x + noise), layer.gates(x), rtol=1e-12, atol=1e-12)
+
+
+def test_scale_one_is_constant_in_space():
+    gates = layer_of(scales=(1,)).eval().gates(torch.randn(2, 6, 7, 9))
+    assert (gates == gates[:, :, :1, :1]).all()
+
+
+@pytest.mark.parametrize('shape', [(7, 7), (8, 8), (28, 40)], ids=str)
+@pytest.mark.parametrize('strategy', ['regional', 'sliding'])
+def test_memory_format_does_not_matter(strategy, shape):
+    layer = layer_of(channels=8, strategy=strategy)
+    x = torch.randn(2, 8, *shape)
+    expected = layer(x)
+    out = layer(x.contiguous(memory_format=torch.channels_last))
+    assert out.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(out, expected)
+
+
+@pytest.mark.parametrize('shape', [(7, 7), (8, 8), (28, 40)], ids=str)
+def test_compiled_is_eager(shape):
+    for strategy in ('regional', 'sliding'):
+        layer = layer_of(strategy=strategy).eval()
+        compiled = torch.compile(layer, fullgraph=True)
+        x = torch.randn(2, 6, *shape, requires_grad=True)
+        expected, out = layer(x), compiled(x)
+        torch.testing.assert_close(out, expected)
+        torch.testing.assert_close(
+            torch.autograd.grad(out.square().sum(), x), torch.autograd.grad(expected.square().sum(), x)
+        )
+
+
+def test_bfloat16_autocast_is_close_to_float32():
+    layer = layer_of(channels=16).eval()
+    x = torch.randn(2, 16, 14, 14)
+    with torch.autocast('cpu', torch.bfloat16):
+        out = layer(x.bfloat16())
+    assert out.dtype == torch.bfloat16
+    torch.testing.assert_close(out.float(), layer(x), rtol=0.03, atol=0.03)
+
+
+def test_half_precision_does_not_overflow_in_large_regions():
+    layer = layer_of(channels=4).half().eval()
+    assert layer(torch.full((1, 4, 56, 56), 100.0, dtype=torch.float16)).isfinite().all()
+
+
+def test_a_batch_of_one_trains_on_running_statistics():
+    layer = layer_of().train()
+    x = torch.randn(1, 6, 8, 8)
+    expected = x * slow_reference.gates(layer, x).float()
+    statistics = layer.scale['1'].bn1.running_mean.clone()
+    out = layer(x)
+    torch.testing.assert_close(out, expected)
+    assert torch.equal(layer.scale['1'].bn1.running_mean, statistics)
+    assert not torch.equal(layer.scale['4'].bn1.running_mean, torch.zeros(2))
+    out.sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in layer.parameters())
+
+
+def test_weights_do_not_depend_on_how_many_scales_there_are():
+    for scales in ((1,), (1, 2), (1, 2, 4)):
+        layer = MultiScaleRecalibration(48, scales=scales)
+        assert sum(p.numel() for n, p in layer.named_parameters() if 'fc' in n) == 2 * 48 * 48
+    assert MultiScaleRecalibration(16, rd_ratio=0.375).scale['1'].fc1.out_channels == 2
+    assert MultiScaleRecalibration(2, rd_ratio=0.1).scale['1'].fc1.out_channels == 1
+    assert MultiScaleRecalibration(16, rd_channels=5).scale['1'].fc1.out_channels == 5
+
+
+def test_the_keys_that_published_weights_depend_on():
+    keys = [k for k in MultiScaleRecalibration(8, scales=(1, 4)).state_dict() if k.endswith('weight')]
+    assert keys == [f'scale.{k}.{m}.weight' for k in (1, 4) for m in ('fc1', 'bn1', 'fc2', 'bn2')]
+
+
+def test_every_norm_is_converted_to_sync_batch_norm():
+    layer = convert_sync_batchnorm(MultiScaleRecalibration(8))
+    assert sum(isinstance(m, nn.SyncBatchNorm) for m in layer.modules()) == 6
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in layer.modules())
+
+
+@pytest.mark.parametrize('name', ['resnet18', 'resnet50', 'resnext50_32x4d', 'ecaresnet26t'])
+def test_timm_takes_the_layer_for_any_of_its_resnets(name):
+    model = timm.create_model(name, block_args={'attn_layer': MultiScaleRecalibration}, num_classes=3)
+    layers = [m for m in model.modules() if isinstance(m, MultiScaleRecalibration)]
+    assert len(layers) == sum(len(getattr(model, f'layer{i}')) for i in (1, 2, 3, 4))
+    model(torch.randn(2, 3, 64, 64)).sum().backward()
+    assert all(p.grad is not None for layer in layers for p in layer.parameters())
+
+
+@pytest.mark.parametrize('scales', [(), (0,), (-1,), (1, 1), (1.5,), (True,), ('1',), 4, None, '124'], ids=repr)
+def test_bad_scales(scales):
+    with pytest.raises(ValueError, match='scales must be one or more distinct positive integers'):
+        MultiScaleRecalibration(8, scales=scales)
+
+
+@pytest.mark.parametrize(
+    ('kwargs', 'message'),
+    [
+        ({'strategy': 'local'}, "strategy must be 'regional' or 'sliding'"),
+        ({'rd_ratio': 0}, 'rd_ratio must be a positive number'),
+        ({'rd_ratio': float('nan')}, 'rd_ratio must be a positive number'),
+        ({'rd_channels': 0}, 'rd_channels must be a positive integer'),
+    ],
+)
+def test_bad_arguments(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        MultiScaleRecalibration(8, **kwargs)
+
+
+def test_bad_tensors():
+    layer = MultiScaleRecalibration(8, source_channels=4)
+    x, source = torch.randn(2, 8, 7, 7), torch.randn(2, 4, 7, 7)
+    with pytest.raises(ValueError, match='x must have the shape'):
+        layer(x[0], source)
+    with pytest.raises(ValueError, match='x must have the shape'):
+        layer(x[:, :3], source)
+    with pytest.raises(TypeError, match='x must be a floating point tensor'):
+        layer(x.long(), source)
+    with pytest.raises(ValueError, match='source must have the batch, height and width of x'):
+        layer(x, source[:, :, :6])
+    with pytest.raises(ValueError, match='source must have the shape'):
+        layer(x, x)
+    with pytest.raises(ValueError, match='source must be given'):
+        layer(x)
+    with pytest.raises(TypeError, match='unexpected keyword'):
+        MultiScaleRecalibration(8, scale=(1, 2))
