@@ -13,9 +13,9 @@ import timm.optim
 import timm.scheduler
 import yaml
 from PIL import Image
-from timm.utils import ParseKwargs
 
 import timm_msar
+from timm_msar.check_config import unknown
 
 FOLDER = Path(__file__).parents[1] / 'train_configs'
 CONFIGS = {path.stem: yaml.safe_load(path.read_text()) for path in sorted(FOLDER.glob('*.yaml'))}
@@ -157,33 +157,9 @@ def test_fashion_mnist_constants():
     assert config['std'] == [round(float(pixels.std(dtype=np.float64)), 4)] * 3
 
 
-def takes(action, value) -> bool:
-    """Whether a value from a file is of the type that the option gives from the command line."""
-    if action.nargs == 0:
-        return isinstance(value, bool)
-    if isinstance(action, ParseKwargs):
-        return isinstance(value, dict)
-    if action.nargs not in (None, '?'):
-        if not isinstance(value, list) or (isinstance(action.nargs, int) and len(value) != action.nargs):
-            return False
-        return all(is_a(action.type, v) for v in value)
-    return is_a(action.type, value) and (action.choices is None or value in action.choices)
-
-
-def is_a(kind, value) -> bool:
-    allowed = {float: (float, int), int: (int,), str: (str,), None: (str,)}[kind]
-    return isinstance(value, allowed) and not isinstance(value, bool)
-
-
 @pytest.fixture(scope='module')
 def train_parser(timm_scripts):
     return runpy.run_path(str(timm_scripts / 'train.py'))['parser']
-
-
-def unknown(config, parser) -> list[str]:
-    """The keys that train.py does not know, or not with such a value; it would accept both without a word."""
-    actions = {action.dest: action for action in parser._actions}
-    return [key for key, value in config.items() if key not in actions or not takes(actions[key], value)]
 
 
 @pytest.mark.parametrize('name', CONFIGS)

@@ -10,6 +10,7 @@ from timm.models import checkpoint_seq
 from torch import Tensor
 
 from .input_size import check_input_size
+from .warm_start import complete_gates
 
 torch.fx.wrap('check_input_size')  # a symbolic tracer records the call
 
@@ -78,6 +79,7 @@ class CifarNet(nn.Module):
         self.grad_checkpointing = False
         self.stem = stem
         self.stages = nn.Sequential(*stages)
+        self.register_load_state_dict_pre_hook(complete_gates)
         # FeatureListNet takes a Sequential apart, so it knows the stem by its last layer.
         stem_end = [name for name, _ in stem.named_children()][-1]
         names = [f'stem.{stem_end}', *(f'stages.{i}' for i in range(len(stages)))]

@@ -4,10 +4,18 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from . import __version__, costs, curves, data, demo, export, push
+from . import __version__, check_config, costs, curves, data, demo, export, push
 from .errors import CommandError
 
-COMMANDS = {'demo': demo, 'costs': costs, 'data': data, 'curves': curves, 'export': export, 'push': push}
+COMMANDS = {
+    'demo': demo,
+    'costs': costs,
+    'data': data,
+    'check-config': check_config,
+    'curves': curves,
+    'export': export,
+    'push': push,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

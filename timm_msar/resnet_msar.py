@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .input_size import check_input_size
 from .recalibration import MultiScaleRecalibration
+from .warm_start import complete_gates
 
 __all__ = ['RecalibratedBottleneck', 'ResNetMsar']
 
@@ -49,6 +50,7 @@ class ResNetMsar(ResNet):
     def __init__(self, *args, output_stride: int = 32, **kwargs):
         super().__init__(*args, output_stride=output_stride, **kwargs)
         self.output_stride = output_stride
+        self.register_load_state_dict_pre_hook(complete_gates)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map images (B, in_chans, H, W) to logits (B, num_classes)."""
@@ -83,11 +85,39 @@ def _cfg(**kwargs) -> dict[str, Any]:
     }
 
 
+def _timm_cfg(source: str, **kwargs) -> dict[str, Any]:
+    """A warm start from plain weights that timm trained; timm evaluates them at 288 pixels too."""
+    return _cfg(
+        hf_hub_id=f'timm/{source}',
+        test_input_size=(3, 288, 288),
+        test_crop_pct=1.0,
+        origin_url='https://github.com/huggingface/pytorch-image-models',
+        **kwargs,
+    )
+
+
+def _torchvision_cfg(source: str) -> dict[str, Any]:
+    """A warm start from torchvision's first plain weights, trained as in the paper's time."""
+    return _cfg(
+        hf_hub_id=f'timm/{source}',
+        interpolation='bilinear',
+        license='bsd-3-clause',
+        origin_url='https://github.com/pytorch/vision',
+    )
+
+
+# Each tag is a plain network's weights, with gates that change nothing until they are trained. The default is the
+# strongest that ImageNet-1k alone and a permissive licence allow.
 default_cfgs = generate_default_cfgs(
     {
-        'resnet18_msar.untrained': _cfg(),
-        'resnet34_msar.untrained': _cfg(),
-        'resnext50_msar.untrained': _cfg(),
+        'resnet18_msar.warm_a1_in1k': _timm_cfg('resnet18.a1_in1k', crop_pct=0.95),
+        'resnet18_msar.warm_tv_in1k': _torchvision_cfg('resnet18.tv_in1k'),
+        'resnet34_msar.warm_ra4_e3600_r224_in1k': _timm_cfg(
+            'resnet34.ra4_e3600_r224_in1k', crop_pct=0.9, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)
+        ),
+        'resnet34_msar.warm_tv_in1k': _torchvision_cfg('resnet34.tv_in1k'),
+        'resnext50_msar.warm_a1h_in1k': _timm_cfg('resnext50_32x4d.a1h_in1k', crop_pct=0.95),
+        'resnext50_msar.warm_tv_in1k': _torchvision_cfg('resnext50_32x4d.tv_in1k'),
     }
 )
 

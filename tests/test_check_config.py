@@ -1,0 +1,57 @@
+"""The check of config files, against a parser made of the kinds of options that train.py has."""
+
+import pytest
+
+from timm_msar import cli
+
+SCRIPT = """
+import argparse
+from timm.utils import ParseKwargs
+parser = argparse.ArgumentParser()
+parser.add_argument('--model', default='resnet50', type=str, help='Name of model to train')
+parser.add_argument('--lr', type=float, help='learning rate')
+parser.add_argument('--epochs', type=int, help='number of epochs')
+parser.add_argument('--scale', type=float, nargs='+', help='Random resize scale')
+parser.add_argument('--amp', action='store_true', help='use mixed precision')
+parser.add_argument('--model-kwargs', nargs='*', default={}, action=ParseKwargs)
+if __name__ == '__main__':
+    raise SystemExit('checking must not train')
+"""
+
+
+def check(tmp_path, text):
+    (tmp_path / 'train.py').write_text(SCRIPT)
+    (tmp_path / 'config.yaml').write_text(text)
+    return cli.main(['check-config', str(tmp_path / 'train.py'), str(tmp_path / 'config.yaml')])
+
+
+def test_a_config_that_train_py_takes(tmp_path, capsys):
+    text = 'model: cifar_resnet20_msar\nlr: 1\nepochs: 3\nscale: [0.6, 1]\namp: true\nmodel_kwargs: {scales: [1]}'
+    assert check(tmp_path, text) == 0
+    assert 'config.yaml: every key and value' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ('text', 'message'),
+    [
+        ('epoch: 3', 'train.py has no option epoch, did you mean epochs?'),
+        ('zzz: 3', 'train.py has no option zzz, its options are listed by train.py --help.'),
+        ('lr: "0.1"', "lr cannot be '0.1': learning rate."),
+        ('epochs: 1.5', 'epochs cannot be 1.5: number of epochs.'),
+        ('scale: 0.5', 'scale cannot be 0.5: Random resize scale.'),
+        ('amp: 1', 'amp cannot be 1: use mixed precision.'),
+        ('model: cifar_resnet20_mssar', 'timm has no model cifar_resnet20_mssar, did you mean cifar_resnet20_msar?'),
+        ('- lr', 'must hold one line `key: value`'),
+        ('lr: [', 'cannot be read as YAML'),
+    ],
+)
+def test_faults_are_one_sentence(tmp_path, capsys, text, message):
+    assert check(tmp_path, text) == 1
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count('\n') == 1
+
+
+def test_not_a_script(tmp_path, capsys):
+    assert cli.main(['check-config', str(tmp_path / 'none.py'), 'c.yaml']) == 1
+    assert 'There is no script' in capsys.readouterr().err

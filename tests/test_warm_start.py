@@ -1,0 +1,153 @@
+"""Plain weights in an MS-SAR network: the same logits to the last bit, and gates that learn from there."""
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from timm.models import load_checkpoint
+from timm.optim import create_optimizer_v2
+
+from timm_msar import MultiScaleRecalibration
+
+PLAIN = {
+    'resnet18_msar': 'resnet18',
+    'resnet34_msar': 'resnet34',
+    'resnext50_msar': 'resnext50_32x4d',
+    'cifar_resnet20_msar': 'cifar_resnet20',
+    'cifar_densenet100_msar': 'cifar_densenet100',
+}
+
+
+def plain(name, **kwargs):
+    """A plain network with weights and running statistics that are nothing special."""
+    torch.manual_seed(0)
+    model = timm.create_model(PLAIN[name], **kwargs).eval()
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.weight.data.uniform_(0.5, 1.5)
+            module.bias.data.normal_(std=0.2)
+            module.running_mean.normal_(std=0.2)
+            module.running_var.uniform_(0.5, 2)
+    return model
+
+
+def layers_of(model):
+    return [m for m in model.modules() if isinstance(m, MultiScaleRecalibration)]
+
+
+@pytest.mark.parametrize('name', PLAIN)
+def test_the_same_logits_to_the_last_bit(name):
+    source = plain(name)
+    for kwargs in ({}, {'scales': (1, 2, 4, 3, 5), 'strategy': 'sliding'}):
+        model = timm.create_model(name, **kwargs).eval()
+        assert not model.load_state_dict(source.state_dict()).missing_keys
+        for size in ((32, 32), (40, 24)) if name.startswith('cifar') else ((224, 224), (96, 160)):
+            x = torch.randn(2, 3, *size)
+            assert torch.equal(model(x), source(x))
+            assert all((layer.gates(torch.randn(1, layer.channels, 9, 9)) == 0.5).all() for layer in layers_of(model)
+                       if layer.source_channels == layer.channels)  # fmt: skip
+
+
+def test_every_way_of_loading_a_file(tmp_path):
+    source = plain('resnet18_msar')
+    path = tmp_path / 'plain.safetensors'
+    save_file(source.state_dict(), path)
+    x = torch.randn(1, 3, 64, 64)
+    overlaid = timm.create_model('resnet18_msar', pretrained=True, pretrained_cfg_overlay={'file': str(path)})
+    assert torch.equal(overlaid.eval()(x), source(x))
+    initial = timm.create_model('resnet18_msar', checkpoint_path=str(path))
+    assert torch.equal(initial.eval()(x), source(x))
+    later = timm.create_model('resnet18_msar')
+    load_checkpoint(later, str(path))
+    assert torch.equal(later.eval()(x), source(x))
+
+    features = timm.create_model(
+        'resnet18_msar', pretrained=True, pretrained_cfg_overlay={'file': str(path)}, features_only=True
+    ).eval()
+    for out, expected in zip(features(x), source.forward_intermediates(x, intermediates_only=True), strict=True):
+        assert torch.equal(out, expected)
+
+
+def test_another_class_count_and_channels_adapt_as_in_timm(tmp_path):
+    path = tmp_path / 'plain.safetensors'
+    source = plain('resnet18_msar')
+    save_file(source.state_dict(), path)
+    kwargs = {'pretrained': True, 'pretrained_cfg_overlay': {'file': str(path)}, 'num_classes': 7, 'in_chans': 1}
+    model, adapted = (timm.create_model(n, **kwargs).eval() for n in ('resnet18_msar', 'resnet18'))
+    x = torch.randn(1, 1, 64, 64)
+    assert model(x).shape == (1, 7)
+    assert torch.equal(model.forward_features(x), adapted.forward_features(x))
+
+
+def test_some_gate_weights_missing_is_an_error_that_names_them():
+    state = timm.create_model('cifar_resnet20_msar').state_dict()
+    key = 'stages.1.0.se.scale.2.fc1.weight'
+    del state[key]
+    model = timm.create_model('cifar_resnet20_msar')
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    for strict in (True, False):
+        with pytest.raises(RuntimeError, match=f'1 of .* gate weights are missing .* the first is {key}'):
+            model.load_state_dict(state, strict=strict)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_a_complete_checkpoint_is_loaded_as_it_is():
+    model = timm.create_model('cifar_resnet20_msar')
+    other = timm.create_model('cifar_resnet20_msar')
+    other.load_state_dict(model.state_dict())
+    assert all(torch.equal(v, other.state_dict()[k]) for k, v in model.state_dict().items())
+
+
+def test_weights_of_something_else_are_reported_as_pytorch_does():
+    model = timm.create_model('cifar_resnet20_msar')
+    with pytest.raises(RuntimeError, match=r'Missing key\(s\)'):
+        model.load_state_dict({'stem.conv.weight': torch.zeros(16, 3, 3, 3)})
+
+
+def test_the_loaded_state_dict_is_not_changed():
+    source = plain('cifar_resnet20_msar')
+    state = source.state_dict()
+    copy = {k: v.clone() for k, v in state.items()}
+    timm.create_model('cifar_resnet20_msar').load_state_dict(state)
+    assert state.keys() == copy.keys()
+    assert all(torch.equal(v, copy[k]) for k, v in state.items())
+
+
+def test_gates_learn_from_the_first_step():
+    """Fine-tune on real digits: every gate gets a gradient, the loss falls, and the gates leave 0.5."""
+    datasets = pytest.importorskip('sklearn.datasets')
+    digits = datasets.load_digits()
+    images = F.interpolate(torch.tensor(digits.images[:128], dtype=torch.float32)[:, None] / 16, size=32)
+    images, targets = images.repeat(1, 3, 1, 1), torch.tensor(digits.target[:128])
+    model = timm.create_model('cifar_resnet20_msar')
+    model.load_state_dict(plain('cifar_resnet20_msar').state_dict())
+    optimizer = create_optimizer_v2(model, opt='sgd', lr=0.05, momentum=0.9, weight_decay=1e-4)
+    losses = []
+    for step in range(12):
+        loss = F.cross_entropy(model(images), targets)
+        optimizer.zero_grad()
+        loss.backward()
+        if step == 0:
+            for layer in layers_of(model):
+                assert all(gate.bn2.weight.grad.abs().max() > 0 for gate in layer.scale.values())
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.7 * losses[0]
+    moved = [(m.eval().gates(torch.randn(8, m.channels, 8, 8)) - 0.5).abs().max().item() for m in layers_of(model)]
+    assert min(moved) > 1e-5
+    assert max(moved) > 1e-3
+
+
+def test_every_pretrained_tag_names_a_plain_network_of_timms_that_it_can_load():
+    assert timm.list_pretrained('*msar*')
+    for tag in timm.list_pretrained('*msar*'):
+        cfg = timm.get_pretrained_cfg(tag)
+        owner, _, source = cfg.hf_hub_id.partition('/')
+        assert owner == 'timm'
+        assert source.split('.')[0] == PLAIN[tag.split('.')[0]]
+        of_source = timm.get_pretrained_cfg(source)
+        assert of_source is not None, source
+        for field in ('mean', 'std', 'crop_pct', 'interpolation', 'input_size', 'license', 'num_classes'):
+            assert getattr(cfg, field) == getattr(of_source, field) or field == 'license', (tag, field)
+        assert (of_source.license or 'apache-2.0') == cfg.license

@@ -1,0 +1,76 @@
+"""Check config files against a train.py before it runs: it accepts a wrong key or type without a word."""
+
+import argparse
+import runpy
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import timm
+import yaml
+from timm.utils import ParseKwargs
+
+from .errors import CommandError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `timm-msar check-config`."""
+    parser.add_argument('script', type=Path, metavar='TRAIN_PY', help="timm's train.py")
+    parser.add_argument('configs', type=Path, nargs='+', metavar='CONFIG', help='YAML files for its --config')
+
+
+def main(args: argparse.Namespace) -> None:
+    """Check every file; the first fault is an error."""
+    if not args.script.is_file():
+        raise CommandError(f"There is no script {args.script}: pass the path of timm's train.py.")
+    parser = runpy.run_path(str(args.script)).get('parser')
+    if not isinstance(parser, argparse.ArgumentParser):
+        raise CommandError(f"{args.script} has no argument parser named parser: pass timm's train.py.")
+    for path in args.configs:
+        check(path, parser)
+        print(f'{path}: every key and value is one that {args.script.name} takes')
+
+
+def check(path: Path, parser: argparse.ArgumentParser) -> None:
+    """Raise CommandError where a file has a key or value that `parser` does not take, or a model that timm lacks."""
+    try:
+        config = yaml.safe_load(path.read_text(encoding='utf-8'))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise CommandError(f'{path} cannot be read as YAML: {" ".join(str(error).split())}') from error
+    if not isinstance(config, dict):
+        raise CommandError(f'{path} must hold one line `key: value` an option of train.py.')
+    actions = {action.dest: action for action in parser._actions}
+    for key in unknown(config, parser):
+        if key in actions:
+            raise CommandError(f'{path}: {key} cannot be {config[key]!r}: {actions[key].help}.')
+        close = get_close_matches(str(key).replace('-', '_'), actions, n=1)
+        hint = f'did you mean {close[0]}?' if close else 'its options are listed by train.py --help.'
+        raise CommandError(f'{path}: train.py has no option {key}, {hint}')
+    model = config.get('model')
+    if model is not None and not timm.is_model(model.partition('.')[0]) and ':' not in model:
+        close = get_close_matches(model, timm.list_models(), n=1)
+        raise CommandError(f'{path}: timm has no model {model}{f", did you mean {close[0]}?" if close else "."}')
+
+
+def unknown(config: dict[str, Any], parser: argparse.ArgumentParser) -> list[str]:
+    """The keys that a train.py does not know, or not with such a value."""
+    actions = {action.dest: action for action in parser._actions}
+    return [key for key, value in config.items() if key not in actions or not _takes(actions[key], value)]
+
+
+def _takes(action: argparse.Action, value: Any) -> bool:
+    """Whether a value from a file is of the type that the option gives from the command line."""
+    if action.nargs == 0:
+        return isinstance(value, bool)
+    if isinstance(action, ParseKwargs):
+        return isinstance(value, dict)
+    if action.nargs not in (None, '?'):
+        if not isinstance(value, list) or (isinstance(action.nargs, int) and len(value) != action.nargs):
+            return False
+        return all(_is_a(action.type, v) for v in value)
+    return _is_a(action.type, value) and (action.choices is None or value in action.choices)
+
+
+def _is_a(kind: Any, value: Any) -> bool:
+    allowed = {float: (float, int), int: (int,), str: (str,), None: (str,)}.get(kind)
+    return allowed is None or (isinstance(value, allowed) and not isinstance(value, bool))
