@@ -28,7 +28,7 @@ def check(tmp_path, text):
 def test_a_config_that_train_py_takes(tmp_path, capsys):
     text = 'model: cifar_resnet20_msar\nlr: 1\nepochs: 3\nscale: [0.6, 1]\namp: true\nmodel_kwargs: {scales: [1]}'
     assert check(tmp_path, text) == 0
-    assert 'config.yaml: every key and value' in capsys.readouterr().out
+    assert 'config.yaml: train.py takes every key' in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -41,6 +41,8 @@ def test_a_config_that_train_py_takes(tmp_path, capsys):
         ('scale: 0.5', 'scale cannot be 0.5: Random resize scale.'),
         ('amp: 1', 'amp cannot be 1: use mixed precision.'),
         ('model: cifar_resnet20_mssar', 'timm has no model cifar_resnet20_mssar, did you mean cifar_resnet20_msar?'),
+        ('model: cifar_resnet20_msar\nmodel_kwargs: {scaless: [1]}', "unexpected keyword argument 'scaless'"),
+        ('model: cifar_resnet20_msar\nmodel_kwargs: {scales: []}', 'scales must be one or more distinct'),
         ('- lr', 'must hold one line `key: value`'),
         ('lr: [', 'cannot be read as YAML'),
     ],
@@ -55,3 +57,6 @@ def test_faults_are_one_sentence(tmp_path, capsys, text, message):
 def test_not_a_script(tmp_path, capsys):
     assert cli.main(['check-config', str(tmp_path / 'none.py'), 'c.yaml']) == 1
     assert 'There is no script' in capsys.readouterr().err
+    (tmp_path / 'broken.py').write_text('hello')
+    assert cli.main(['check-config', str(tmp_path / 'broken.py'), 'c.yaml']) == 1
+    assert "cannot be read (name 'hello' is not defined)" in capsys.readouterr().err

@@ -156,6 +156,20 @@ def test_drop_rates_act_in_training_alone():
     assert rates == pytest.approx([0.4 * i / 8 for i in range(1, 9)])
 
 
+def test_a_caller_can_override_the_sizes_of_a_network():
+    model = create('cifar_resnet20_msar', layers=(1, 2, 1), channels=(8, 8, 16), drop_path_rate=0.3)
+    assert [len(stage) for stage in model.stages] == [1, 2, 1]
+    assert model.stages[2][0].drop_path.drop_prob == pytest.approx(0.3)
+    assert [f.shape[-1] for f in model.forward_intermediates(images('cifar'), intermediates_only=True)] == [
+        32,
+        32,
+        16,
+        8,
+    ]
+    assert len(create('resnet18_msar', layers=(1, 1, 1, 1)).layer1) == 1
+    assert len(create('cifar_densenet100_msar', depth=2).stages[0]) == 2
+
+
 @pytest.mark.parametrize('name', SMALL)
 def test_gradient_checkpointing_changes_nothing(name):
     x = images(name)

@@ -1,4 +1,4 @@
-"""Check config files against a train.py before it runs: it accepts a wrong key or type without a word."""
+"""Check the keys, types and model of config files, since train.py silently accepts a wrong key or type."""
 
 import argparse
 import runpy
@@ -23,12 +23,15 @@ def main(args: argparse.Namespace) -> None:
     """Check every file; the first fault is an error."""
     if not args.script.is_file():
         raise CommandError(f"There is no script {args.script}: pass the path of timm's train.py.")
-    parser = runpy.run_path(str(args.script)).get('parser')
+    try:
+        parser = runpy.run_path(str(args.script)).get('parser')
+    except (Exception, SystemExit) as error:
+        raise CommandError(f"{args.script} cannot be read ({error}): pass the path of timm's train.py.") from error
     if not isinstance(parser, argparse.ArgumentParser):
         raise CommandError(f"{args.script} has no argument parser named parser: pass timm's train.py.")
     for path in args.configs:
         check(path, parser)
-        print(f'{path}: every key and value is one that {args.script.name} takes')
+        print(f'{path}: {args.script.name} takes every key, with a value of this type')
 
 
 def check(path: Path, parser: argparse.ArgumentParser) -> None:
@@ -50,6 +53,11 @@ def check(path: Path, parser: argparse.ArgumentParser) -> None:
     if model is not None and not timm.is_model(model.partition('.')[0]) and ':' not in model:
         close = get_close_matches(model, timm.list_models(), n=1)
         raise CommandError(f'{path}: timm has no model {model}{f", did you mean {close[0]}?" if close else "."}')
+    if model is not None and ':' not in model:
+        try:
+            timm.create_model(model, device='meta', **config.get('model_kwargs', {}))
+        except (TypeError, ValueError) as error:
+            raise CommandError(f'{path}: {model} does not take these model_kwargs: {error}') from error
 
 
 def unknown(config: dict[str, Any], parser: argparse.ArgumentParser) -> list[str]:

@@ -142,13 +142,15 @@ default_cfgs = generate_default_cfgs(
 @register_model
 def cifar_densenet100(pretrained: bool = False, **kwargs) -> CifarDenseNet:
     """DenseNet-BC-100 with growth rate 12, 0.77 M parameters."""
-    return _create_cifar_densenet('cifar_densenet100', pretrained, depth=16, growth_rate=12, **kwargs)
+    model_args = dict(depth=16, growth_rate=12)
+    return _create_cifar_densenet('cifar_densenet100', pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def cifar_densenet190(pretrained: bool = False, **kwargs) -> CifarDenseNet:
     """DenseNet-BC-190 with growth rate 40, 25.6 M parameters."""
-    return _create_cifar_densenet('cifar_densenet190', pretrained, depth=31, growth_rate=40, **kwargs)
+    model_args = dict(depth=31, growth_rate=40)
+    return _create_cifar_densenet('cifar_densenet190', pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
@@ -163,7 +165,7 @@ def cifar_densenet100_msar(
     """DenseNet-BC-100 with MS-SAR in each dense layer."""
     layer = partial(MultiScaleRecalibration, scales=scales, rd_ratio=rd_ratio, strategy=strategy)
     model_args = dict(depth=16, growth_rate=12, attn_layer=layer, multi_level=multi_level)
-    return _create_cifar_densenet('cifar_densenet100_msar', pretrained, **model_args, **kwargs)
+    return _create_cifar_densenet('cifar_densenet100_msar', pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
@@ -178,4 +180,4 @@ def cifar_densenet190_msar(
     """DenseNet-BC-190 with MS-SAR in each dense layer."""
     layer = partial(MultiScaleRecalibration, scales=scales, rd_ratio=rd_ratio, strategy=strategy)
     model_args = dict(depth=31, growth_rate=40, attn_layer=layer, multi_level=multi_level)
-    return _create_cifar_densenet('cifar_densenet190_msar', pretrained, **model_args, **kwargs)
+    return _create_cifar_densenet('cifar_densenet190_msar', pretrained, **dict(model_args, **kwargs))

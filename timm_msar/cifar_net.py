@@ -139,7 +139,7 @@ class CifarNet(nn.Module):
         Args:
             x: The images.
             indices: The last n features if an int, those at these indices if a sequence, all if None.
-            norm: Has no effect, the features are normalised already.
+            norm: Not supported, ignored.
             stop_early: Stop at the last feature asked for.
             output_fmt: 'NCHW'.
             intermediates_only: Return the intermediate features only.

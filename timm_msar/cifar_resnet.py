@@ -10,7 +10,7 @@ from collections.abc import Callable
 from functools import partial
 
 import torch.nn as nn
-from timm.layers import DropPath
+from timm.layers import DropPath, calculate_drop_path_rates
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models.resnet import BasicBlock
 
@@ -52,11 +52,12 @@ class CifarResNet(CifarNet):
         )
         stages: list[nn.Sequential] = []
         inplanes = channels[0]
+        drop_probs = iter(calculate_drop_path_rates(drop_path_rate, sum(layers)))
         for planes, depth in zip(channels, layers):
             blocks = []
             for i in range(depth):
-                stride = 2 if i == 0 and planes != inplanes else 1
-                drop_prob = drop_path_rate * (len(stages) * depth + i) / (sum(layers) - 1)
+                stride = 2 if i == 0 and stages else 1
+                drop_prob = next(drop_probs)
                 blocks.append(
                     BasicBlock(
                         inplanes,
@@ -113,19 +114,22 @@ default_cfgs = generate_default_cfgs(
 @register_model
 def cifar_resnet20(pretrained: bool = False, **kwargs) -> CifarResNet:
     """ResNet-20, 0.27 M parameters."""
-    return _create_cifar_resnet('cifar_resnet20', pretrained, layers=(3, 3, 3), **kwargs)
+    model_args = dict(layers=(3, 3, 3))
+    return _create_cifar_resnet('cifar_resnet20', pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def cifar_resnet32(pretrained: bool = False, **kwargs) -> CifarResNet:
     """ResNet-32, 0.47 M parameters."""
-    return _create_cifar_resnet('cifar_resnet32', pretrained, layers=(5, 5, 5), **kwargs)
+    model_args = dict(layers=(5, 5, 5))
+    return _create_cifar_resnet('cifar_resnet32', pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def cifar_resnet56(pretrained: bool = False, **kwargs) -> CifarResNet:
     """ResNet-56, 0.86 M parameters."""
-    return _create_cifar_resnet('cifar_resnet56', pretrained, layers=(9, 9, 9), **kwargs)
+    model_args = dict(layers=(9, 9, 9))
+    return _create_cifar_resnet('cifar_resnet56', pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
@@ -137,7 +141,7 @@ def cifar_resnet20_msar(
     **kwargs,
 ) -> CifarResNet:
     """ResNet-20 with MS-SAR in each block; `rd_ratio=0.375` has the cost that Tables 2 and 3 give."""
-    model_args = dict(layers=(3, 3, 3), **kwargs)
+    model_args = dict({'layers': (3, 3, 3)}, **kwargs)
     return _create_cifar_resnet_msar('cifar_resnet20_msar', pretrained, scales, rd_ratio, strategy, **model_args)
 
 
@@ -150,7 +154,7 @@ def cifar_resnet32_msar(
     **kwargs,
 ) -> CifarResNet:
     """ResNet-32 with MS-SAR in each block; `rd_ratio=0.375` has the cost that Tables 2 and 3 give."""
-    model_args = dict(layers=(5, 5, 5), **kwargs)
+    model_args = dict({'layers': (5, 5, 5)}, **kwargs)
     return _create_cifar_resnet_msar('cifar_resnet32_msar', pretrained, scales, rd_ratio, strategy, **model_args)
 
 
@@ -163,5 +167,5 @@ def cifar_resnet56_msar(
     **kwargs,
 ) -> CifarResNet:
     """ResNet-56 with MS-SAR in each block; `rd_ratio=0.375` has the cost that Tables 2 and 3 give."""
-    model_args = dict(layers=(9, 9, 9), **kwargs)
+    model_args = dict({'layers': (9, 9, 9)}, **kwargs)
     return _create_cifar_resnet_msar('cifar_resnet56_msar', pretrained, scales, rd_ratio, strategy, **model_args)

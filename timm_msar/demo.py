@@ -5,6 +5,7 @@ optimiser, scheduler and export are timm's; the loop is what train.py does, in a
 """
 
 import argparse
+import os
 import random
 import shutil
 import time
@@ -67,8 +68,11 @@ def main(args: argparse.Namespace) -> None:
         import sklearn  # noqa: F401
     except ImportError as error:
         raise CommandError(f'{error.name} is missing: run pip install "timm-msar[demo]".') from error
-    if args.output.exists() and not (args.output / 'weights' / 'config.json').is_file() and any(args.output.iterdir()):
-        raise CommandError(f'{args.output} holds something other than a demo: pass another folder with --output.')
+    output = args.output.resolve()
+    partial = output.with_name(f'{output.name}.{os.getpid()}.partial')
+    written = {'weights', 'gates.png'}
+    if output.exists() and not (output.is_dir() and {path.name for path in output.iterdir()} <= written):
+        raise CommandError(f'{args.output} is not an earlier demo: pass the name of a new folder with --output.')
 
     random.seed(args.seed)
     np.random.seed(args.seed)
@@ -76,9 +80,7 @@ def main(args: argparse.Namespace) -> None:
     start = time.monotonic()
     model, accuracy = train(args.epochs)
 
-    # A demo that is cut off must not leave half of one, nor take away an earlier one.
-    partial = args.output.with_name(args.output.name + '.partial')
-    shutil.rmtree(partial, ignore_errors=True)
+    # Written aside: a demo that is cut off must not take away an earlier one.
     cfg = {'tag': 'digits', 'mean': MEAN, 'std': STD, 'num_classes': 10, 'label_names': [str(i) for i in range(10)]}
     save_for_hf(model, str(partial / 'weights'), model_config=cfg, safe_serialization=True)
     loaded = timm.create_model(f'local-dir:{partial / "weights"}', pretrained=True).eval()
@@ -88,13 +90,14 @@ def main(args: argparse.Namespace) -> None:
     if difference:
         raise RuntimeError(f'the logits of the weights loaded back differ by {difference}')
     draw(loaded, images, partial / 'gates.png')
-    shutil.rmtree(args.output, ignore_errors=True)
-    partial.rename(args.output)
+    shutil.rmtree(output, ignore_errors=True)
+    partial.rename(output)
 
     print(f'\nheld-out accuracy   {accuracy:.2f} % after {args.epochs} epochs, {time.monotonic() - start:.0f} s')
     print(f'weights             {args.output / "weights"} (loaded back: the same logits)')
     print(f'gates               {args.output / "gates.png"}')
     print(f"use them            timm.create_model('local-dir:{args.output / 'weights'}', pretrained=True)")
+    print('                    after import timm, timm_msar')
 
 
 def loader(dataset: Digits, is_training: bool):

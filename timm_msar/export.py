@@ -75,7 +75,8 @@ def main(args: argparse.Namespace) -> None:
             aside.rename(output)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
-    print(f'{describe(trained)}\n{output} is ready: timm.create_model("local-dir:{output}", pretrained=True)')
+    print(f'{describe(trained)}\n{output} is ready; after import timm, timm_msar:')
+    print(f'timm.create_model("local-dir:{output}", pretrained=True)')
 
 
 @contextmanager

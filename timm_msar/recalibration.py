@@ -64,7 +64,9 @@ def _normalise(norm: nn.Module, y: Tensor) -> Tensor:
     One value has no variance, so PyTorch raises there. It happens at scale 1 with a batch of one image, which is how
     detection and segmentation networks are fine-tuned. (SyncBatchNorm sees the other processes' values.)
     """
-    if isinstance(norm, nn.BatchNorm2d) and norm.training and y.numel() == y.shape[1]:
+    # Not a subclass: timm's BatchNormAct2d does more than normalise.
+    single = norm.training and y.numel() == y.shape[1]
+    if single and type(norm) is nn.BatchNorm2d and norm.running_mean is not None:
         return F.batch_norm(y, norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=norm.eps)
     return norm(y)
 

@@ -14,22 +14,33 @@ import torch
 from torch import Tensor
 
 
+def _counted(size: int) -> int:
+    """The size itself, as a constant when compiled: torch.compile unrolls the loop.
+
+    It can neither sort borders that are symbols nor convolve a map whose size is one.
+    """
+    count = 0
+    for _ in range(size):
+        count += 1
+    return count
+
+
 def piece_lengths(size: int, scales: list[int]) -> list[int]:
     """Lengths of the pieces into which the region borders of `scales` cut an axis of `size` positions.
 
     A scale above the size counts as the size: a region is never smaller than a pixel.
     """
-    lengths = [1]
-    for i in range(1, size):
-        border = False
-        for scale in scales:
-            k = min(scale, size)
-            border = border or i * k // size > (i - 1) * k // size
-        if border:
-            lengths.append(1)
-        else:
-            lengths[-1] += 1
-    return lengths
+    size = _counted(size)
+    borders: list[int] = []
+    for scale in scales:
+        k = min(scale, size)
+        for i in range(k):
+            border = (i * size + k - 1) // k  # the first position of region i
+            if border not in borders:
+                borders.append(border)
+    borders.sort()
+    borders.append(size)
+    return [borders[i + 1] - borders[i] for i in range(len(borders) - 1)]
 
 
 def _pieces_per_region(pieces: list[int], regions: list[int]) -> list[int]:
@@ -97,17 +108,6 @@ def sliding_mean(x: Tensor, scale: int) -> Tensor:
     reach = int(math.sqrt(_counted(x.shape[2]) * _counted(x.shape[3]))) // scale
     # A clipped window is a rectangle, so its mean is the mean over its rows of the means over its columns.
     return _window_weights(x, 2, reach) @ x @ _window_weights(x, 3, reach).T
-
-
-def _counted(size: int) -> int:
-    """The size itself, as a constant when compiled: torch.compile unrolls the loop.
-
-    Its convolutions fail on a map whose size is a symbol; the regions' borders make constants of it in the same way.
-    """
-    count = 0
-    for _ in range(size):
-        count += 1
-    return count
 
 
 def _window_weights(x: Tensor, dim: int, reach: int) -> Tensor:

@@ -132,7 +132,7 @@ def resnet18_msar(
 ) -> ResNetMsar:
     """ResNet-18 with MS-SAR in each block, 13.09 M parameters."""
     model_args = dict(block=BasicBlock, layers=(2, 2, 2, 2))
-    return _create_resnet_msar('resnet18_msar', pretrained, scales, rd_ratio, strategy, **model_args, **kwargs)
+    return _create_resnet_msar('resnet18_msar', pretrained, scales, rd_ratio, strategy, **dict(model_args, **kwargs))
 
 
 @register_model
@@ -145,7 +145,7 @@ def resnet34_msar(
 ) -> ResNetMsar:
     """ResNet-34 with MS-SAR in each block, 24.33 M parameters."""
     model_args = dict(block=BasicBlock, layers=(3, 4, 6, 3))
-    return _create_resnet_msar('resnet34_msar', pretrained, scales, rd_ratio, strategy, **model_args, **kwargs)
+    return _create_resnet_msar('resnet34_msar', pretrained, scales, rd_ratio, strategy, **dict(model_args, **kwargs))
 
 
 @register_model
@@ -158,4 +158,4 @@ def resnext50_msar(
 ) -> ResNetMsar:
     """ResNeXt-50 32x4d with MS-SAR in each block, 27.57 M parameters; `rd_ratio` is what the paper's count implies."""
     model_args = dict(block=RecalibratedBottleneck, layers=(3, 4, 6, 3), cardinality=32, base_width=4)
-    return _create_resnet_msar('resnext50_msar', pretrained, scales, rd_ratio, strategy, **model_args, **kwargs)
+    return _create_resnet_msar('resnext50_msar', pretrained, scales, rd_ratio, strategy, **dict(model_args, **kwargs))
