@@ -157,19 +157,28 @@ def test_without_the_import_timm_does_not_know_the_network(exported, pictures):
 
 
 def test_every_pretrained_tag_has_a_card():
-    assert [path.stem for path in CARDS] == sorted(timm.list_pretrained('*msar*') + timm.list_pretrained('cifar_*'))
+    assert [path.stem for path in CARDS] == sorted({*timm.list_pretrained('*msar*'), *timm.list_pretrained('cifar_*')})
 
 
 @pytest.mark.parametrize('path', CARDS, ids=[path.stem for path in CARDS])
 def test_the_cards_of_the_published_weights_are_valid(path):
     card = check_card(path)
     assert timm.list_pretrained(path.stem) == [path.stem]
-    source = timm.get_pretrained_cfg(path.stem).hf_hub_id
-    # A warm start claims no results of its own: it names its source, and the source's results in the comparison.
-    assert card.data.base_model == source
-    assert card.data.datasets and not card.data.eval_results
-    assert f'| {source.partition("/")[2]} |' in card.text
     assert f"'{path.stem}'" in card.text
+    assert card.data.datasets
+    assert f'network {"with" if "msar" in path.stem else "without"} Multi-Scale' in card.text
+    source = timm.get_pretrained_cfg(path.stem).hf_hub_id
+    assert card.data.base_model == source
+    if source:  # a warm start claims no results of its own, and names those of its source
+        assert not card.data.eval_results
+        assert f'| {source.partition("/")[2]} |' in card.text
+    else:  # trained here: what was measured, and how to train it again
+        top1, top5 = (result.metric_value for result in card.data.eval_results)
+        assert f'| {path.stem} | {100 * top1:.2f} | {100 * top5:.2f} |' in card.text
+        (commands,) = re.findall(r'^```bash\n(.*?)^```$', card.text, re.DOTALL | re.MULTILINE)
+        config = re.search(r'--config (\S+)', commands)[1]
+        assert (card_folder().parent / config).is_file()
+        assert f'--output {path.stem}' in commands
 
 
 def test_every_block_of_the_published_cards_runs(pictures, tmp_path):

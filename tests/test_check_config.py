@@ -12,6 +12,8 @@ parser.add_argument('--model', default='resnet50', type=str, help='Name of model
 parser.add_argument('--lr', type=float, help='learning rate')
 parser.add_argument('--epochs', type=int, help='number of epochs')
 parser.add_argument('--scale', type=float, nargs='+', help='Random resize scale')
+parser.add_argument('--opt', default='sgd', type=str, help='Optimizer')
+parser.add_argument('--sched', type=str, default='cosine', help='LR scheduler')
 parser.add_argument('--amp', action='store_true', help='use mixed precision')
 parser.add_argument('--model-kwargs', nargs='*', default={}, action=ParseKwargs)
 if __name__ == '__main__':
@@ -26,7 +28,8 @@ def check(tmp_path, text):
 
 
 def test_a_config_that_train_py_takes(tmp_path, capsys):
-    text = 'model: cifar_resnet20_msar\nlr: 1\nepochs: 3\nscale: [0.6, 1]\namp: true\nmodel_kwargs: {scales: [1]}'
+    text = 'model: cifar_resnet20_msar\nlr: 1\nepochs: 3\nscale: [0.6, 1]\namp: true\nopt: lamb\nsched: multistep\n'
+    text += 'model_kwargs: {scales: [1]}'
     assert check(tmp_path, text) == 0
     assert 'config.yaml: train.py takes every key' in capsys.readouterr().out
 
@@ -43,6 +46,8 @@ def test_a_config_that_train_py_takes(tmp_path, capsys):
         ('model: cifar_resnet20_mssar', 'timm has no model cifar_resnet20_mssar, did you mean cifar_resnet20_msar?'),
         ('model: cifar_resnet20_msar\nmodel_kwargs: {scaless: [1]}', "unexpected keyword argument 'scaless'"),
         ('model: cifar_resnet20_msar\nmodel_kwargs: {scales: []}', 'scales must be one or more distinct'),
+        ('opt: sdg', 'sdg'),
+        ('sched: multi_step', "Unknown scheduler 'multi_step'"),
         ('- lr', 'must hold one line `key: value`'),
         ('lr: [', 'cannot be read as YAML'),
     ],

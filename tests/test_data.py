@@ -108,6 +108,7 @@ def test_cifar_with_a_wrong_checksum_is_not_read(tmp_path, monkeypatch):
     (tmp_path / 'source' / CIFAR10.base_folder / 'data_batch_3').write_bytes(b'not what was published')
     with pytest.raises(CommandError, match='not found or corrupted'):
         run('cifar10', tmp_path / 'root', '--source', tmp_path / 'source')
+    assert not list(tmp_path.glob('root*'))
     assert not (tmp_path / 'root').exists()
 
 
@@ -290,11 +291,13 @@ def test_broken_sources_are_told(fashion, tmp_path):
     whole = images.read_bytes()
     for broken in (whole[: len(whole) // 2], b'<html>', gzip.compress(gzip.decompress(whole)[:-100])):
         images.write_bytes(broken)
-        with pytest.raises(CommandError, match='cannot read from'):
+        with pytest.raises(CommandError, match='cannot read fashion_mnist from'):
             run('fashion_mnist', root, '--source', source)
     images.unlink()
-    with pytest.raises(CommandError, match='No such file'):
-        run('fashion_mnist', root, '--source', source)
+    elsewhere = tmp_path / 'elsewhere'
+    with pytest.raises(CommandError, match=r'has no train-images-idx3-ubyte\.gz; --source must be'):
+        run('fashion_mnist', elsewhere, '--source', source)
+    assert not list(tmp_path.glob('elsewhere*'))
     images.write_bytes(gzip.compress(struct.pack('>IIII', 0x803, 5, 28, 28) + bytes(5 * 28 * 28)))
     with pytest.raises(CommandError, match='do not belong to the images'):
         run('fashion_mnist', root, '--source', source)

@@ -1,4 +1,4 @@
-"""Check the keys, types and model of config files, since train.py silently accepts a wrong key or type."""
+"""Check config files, since train.py silently accepts a wrong key or type, and sees a wrong name late."""
 
 import argparse
 import runpy
@@ -8,7 +8,10 @@ from typing import Any
 
 import timm
 import yaml
+from timm.optim import create_optimizer_v2
+from timm.scheduler import create_scheduler_v2
 from timm.utils import ParseKwargs
+from torch import nn
 
 from .errors import CommandError
 
@@ -58,6 +61,11 @@ def check(path: Path, parser: argparse.ArgumentParser) -> None:
             timm.create_model(model, device='meta', **config.get('model_kwargs', {}))
         except (TypeError, ValueError) as error:
             raise CommandError(f'{path}: {model} does not take these model_kwargs: {error}') from error
+    try:
+        optimizer = create_optimizer_v2(nn.Linear(1, 1), opt=config.get('opt') or 'sgd', lr=0.1)
+        create_scheduler_v2(optimizer, sched=config.get('sched') or 'none')
+    except ValueError as error:
+        raise CommandError(f'{path}: {error}') from error
 
 
 def unknown(config: dict[str, Any], parser: argparse.ArgumentParser) -> list[str]:

@@ -159,7 +159,6 @@ def prepare(name: str, root: Path, source: Path | None = None) -> None:
         return
     partial = root.with_name(f'{root.name}.{name}.partial')
     download = partial / 'download'
-    download.mkdir(parents=True, exist_ok=True)
     classes, splits = _load(name, source, download)
 
     for split, (images, labels) in splits.items():
@@ -188,7 +187,7 @@ def prepare(name: str, root: Path, source: Path | None = None) -> None:
         'std': std,
     }
     (partial / 'dataset.json').write_text(json.dumps(facts, indent=2) + '\n')
-    shutil.rmtree(download)
+    shutil.rmtree(download, ignore_errors=True)
     partial.rename(root)
     print(f'{root} is ready for train.py --data-dir\n{_describe(facts)}')
 
@@ -219,6 +218,10 @@ def _load(name: str, source: Path | None, download: Path) -> tuple[list[str], di
         raise CommandError(f'there is no folder {source} to take {name} from')
     if name == 'fashion_mnist' and source is None and DEBIAN_FASHION_MNIST.is_dir():
         source = DEBIAN_FASHION_MNIST
+    if name == 'fashion_mnist' and source is not None:
+        missing = [filename for filename, _ in FashionMNIST.resources if not (source / filename).is_file()]
+        if missing:
+            raise CommandError(f'{source} has no {missing[0]}; --source must be the folder with the four idx files')
     root, where = source or download, source or 'the download'
     try:
         if name == 'fashion_mnist' and source is not None:
@@ -226,10 +229,12 @@ def _load(name: str, source: Path | None, download: Path) -> tuple[list[str], di
             _unpack_fashion_mnist(source, root)
         train, test = (DATASETS[name](str(root), train=train, download=source is None) for train in (True, False))
     except (OSError, EOFError, RuntimeError, ValueError, TypeError, AssertionError, zlib.error) as error:
-        verb = 'download' if source is None else f'read from {source}'
-        raise CommandError(
-            f'cannot {verb} {name} ({str(error) or type(error).__name__}); run again, or give its files by --source'
-        ) from error
+        reason = str(error) or type(error).__name__
+        if source is None:
+            raise CommandError(
+                f'cannot download {name} ({reason}); run again, or give its files by --source'
+            ) from error
+        raise CommandError(f'cannot read {name} from {source} ({reason}); check or replace its files') from error
 
     splits = {}
     for split, dataset in zip(SPLITS, (train, test), strict=True):

@@ -10,6 +10,7 @@ import torch
 from huggingface_hub import EvalResult, ModelCardData
 
 from .costs import count
+from .recalibration import MultiScaleRecalibration
 from .training_data import TrainingData
 
 IMAGE_URL = 'https://huggingface.co/datasets/huggingface/documentation-images/resolve/main/beignets-task-guide.png'
@@ -68,6 +69,7 @@ def model_card(
     names = {
         'front_matter': metadata.to_yaml(),
         'title': title,
+        'with_or_without': 'with' if _is_recalibrated(model) else 'without',
         'description': description,
         'params': f'{params / 1e6:.2f}',
         'gmacs': f'{macs / 1e9:.3f}',
@@ -84,6 +86,10 @@ def model_card(
         'comparison': measured + '\n'.join(f'| {" | ".join(row)} |' for row in table) + f'\n\n{comparison}'.rstrip(),
     }
     return Template((card_folder() / 'template.md').read_text(encoding='utf-8')).substitute(names)
+
+
+def _is_recalibrated(model: torch.nn.Module) -> bool:
+    return any(isinstance(module, MultiScaleRecalibration) for module in model.modules())
 
 
 def _classes(data: TrainingData, num_classes: int) -> str:

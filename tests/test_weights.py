@@ -1,0 +1,89 @@
+"""The weights inside the package: they load without a network and classify real images as their cards say."""
+
+import math
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from safetensors import safe_open
+
+from timm_msar.model_card import card_folder
+
+IMAGES = Path(__file__).parent / 'fashion_mnist'
+SHIPPED = [tag for tag in timm.list_pretrained('cifar_*') if timm.get_pretrained_cfg(tag).file]
+
+
+def test_images() -> list[Image.Image]:
+    """The first 500 test images, 28×28, padded to 40×40 as `timm-msar data` stores them."""
+    sheet = np.asarray(Image.open(IMAGES / 'first_500_test_images.png'))
+    images = sheet.reshape(20, 28, 25, 28).swapaxes(1, 2).reshape(500, 28, 28)
+    return [Image.fromarray(np.pad(image, 6)).convert('RGB') for image in images]
+
+
+test_images.__test__ = False
+
+
+def test_the_networks_for_fashion_mnist_have_weights():
+    assert SHIPPED == ['cifar_resnet20.fashion_mnist', 'cifar_resnet20_msar.fashion_mnist']
+    for tag in SHIPPED:
+        assert timm.models.get_pretrained_cfg(tag.partition('.')[0]).tag == 'fashion_mnist'  # the default
+    folder = Path(timm.get_pretrained_cfg(SHIPPED[0]).file).parent
+    assert sorted(path.name for path in folder.iterdir()) == [f'{tag}.safetensors' for tag in SHIPPED]
+
+
+@pytest.mark.parametrize('tag', SHIPPED)
+@torch.no_grad()
+def test_they_classify_real_images_as_the_card_says(tag, monkeypatch):
+    monkeypatch.setenv('HF_ENDPOINT', 'http://127.0.0.1:9')  # nothing answers there
+    card = (card_folder() / f'{tag}.md').read_text(encoding='utf-8')
+    accuracy = float(re.search(rf'^\| {re.escape(tag)} \| ([\d.]+) \|', card, re.MULTILINE)[1])
+    promised = int(re.search(r'(\d+) of the first 500', card)[1])
+
+    model = timm.create_model(tag, pretrained=True).eval()
+    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model), is_training=False)
+    images = torch.stack([transform(image) for image in test_images()])
+    labels = torch.tensor(np.loadtxt(IMAGES / 'first_500_test_labels.txt', dtype=int).ravel())
+    right = sum((model(x).argmax(1) == y).sum().item() for x, y in zip(images.split(50), labels.split(50)))
+    assert abs(right - promised) <= 1  # another processor may round a close decision the other way
+
+    # The slice is a sample of the whole test set: within three standard deviations.
+    p = accuracy / 100
+    assert abs(right / 500 - p) < 3 * math.sqrt(p * (1 - p) / 500)
+
+
+@pytest.mark.parametrize('tag', SHIPPED)
+def test_the_files_hold_the_weights_and_no_more(tag):
+    with safe_open(timm.get_pretrained_cfg(tag).file, 'pt') as file:
+        held = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118  not a dict
+    model = timm.create_model(tag)
+    assert held == {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
+def test_the_gates_have_learned():
+    """Trained gates differ between regions, on real images, in every block."""
+    model = timm.create_model('cifar_resnet20_msar', pretrained=True).eval()
+    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model), is_training=False)
+    x = torch.stack([transform(image) for image in test_images()[:32]])
+    spreads = []
+    for name, module in model.named_modules():
+        if name.endswith('.se'):
+            module.register_forward_hook(
+                lambda layer, inputs, _: spreads.append(layer.gates(inputs[0]).std(dim=(2, 3)).mean().item())
+            )
+    with torch.no_grad():
+        model(x)
+    assert len(spreads) == 9 and min(spreads) > 0.005
+
+
+def test_they_adapt_to_other_classes_and_channels_as_in_timm():
+    model = timm.create_model('cifar_resnet20_msar.fashion_mnist', pretrained=True, num_classes=3, in_chans=1)
+    whole = timm.create_model('cifar_resnet20_msar.fashion_mnist', pretrained=True)
+    assert torch.equal(model.stem.conv.weight, whole.stem.conv.weight.sum(1, keepdim=True))
+    grey = torch.randn(2, 1, 32, 32)
+    features, expected = (m.eval().forward_features(x) for m, x in ((model, grey), (whole, grey.expand(-1, 3, -1, -1))))
+    torch.testing.assert_close(features, expected, rtol=1e-4, atol=1e-4)
+    assert model(grey).shape == (2, 3)
