@@ -28,8 +28,8 @@ def check(tmp_path, text):
 
 
 def test_a_config_that_train_py_takes(tmp_path, capsys):
-    text = 'model: cifar_resnet20_msar\nlr: 1\nepochs: 3\nscale: [0.6, 1]\namp: true\nopt: lamb\nsched: multistep\n'
-    text += 'model_kwargs: {scales: [1]}'
+    text = 'model: cifar_resnet20_msar\nlr: null\nepochs: 3\nscale: [0.6, 1]\namp: true\n'
+    text += 'opt: lookahead_fusedlamb\nsched: multistep\nmodel_kwargs: {scales: [1]}'
     assert check(tmp_path, text) == 0
     assert 'config.yaml: train.py takes every key' in capsys.readouterr().out
 
@@ -46,6 +46,8 @@ def test_a_config_that_train_py_takes(tmp_path, capsys):
         ('model: cifar_resnet20_mssar', 'timm has no model cifar_resnet20_mssar, did you mean cifar_resnet20_msar?'),
         ('model: cifar_resnet20_msar\nmodel_kwargs: {scaless: [1]}', "unexpected keyword argument 'scaless'"),
         ('model: cifar_resnet20_msar\nmodel_kwargs: {scales: []}', 'scales must be one or more distinct'),
+        ('model: resnet18_msar.warm_a2_in1k', 'Invalid pretrained tag (warm_a2_in1k)'),
+        ('opt: null', 'opt cannot be None'),
         ('opt: sdg', 'sdg'),
         ('sched: multi_step', "Unknown scheduler 'multi_step'"),
         ('- lr', 'must hold one line `key: value`'),

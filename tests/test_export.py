@@ -95,6 +95,23 @@ def test_arguments_of_the_network_are_kept(tmp_path):
     assert torch.equal(logits_of(loaded), logits(weights(run), **kwargs))
 
 
+@pytest.mark.parametrize(
+    ('given', 'base_model', 'fine_tuned'),
+    [
+        ({}, None, False),
+        ({'pretrained': True}, 'timm/resnet18.a1_in1k', True),
+        ({'pretrained': True, 'pretrained_path': 'mine.safetensors'}, None, True),
+        ({'initial_checkpoint': 'mine.safetensors'}, None, True),
+    ],
+)
+def test_the_card_names_the_weights_it_started_from_where_they_are_known(tmp_path, given, base_model, fine_tuned):
+    run_export(make_run(tmp_path, model='resnet18_msar', **given), tmp_path / 'out')
+    card = ModelCard.load(tmp_path / 'out' / 'README.md')
+    assert card.data.base_model == base_model
+    assert ('fine-tuned' in card.text) == fine_tuned
+    assert 'network with Multi-Scale' in card.text and 'It needs the package' in card.text
+
+
 def test_networks_of_timm_are_exported_too(tmp_path):
     """A plain one is the comparison for one with MS-SAR; `bn_eps` is an argument that changes what it computes."""
     run = make_run(tmp_path, model='test_efficientnet', bn_eps=0.05)
@@ -103,6 +120,8 @@ def test_networks_of_timm_are_exported_too(tmp_path):
     expected = logits(weights(run), 'test_efficientnet', bn_eps=0.05)
     assert torch.equal(logits_of(loaded), expected)
     assert not torch.equal(logits(weights(run), 'test_efficientnet'), expected)
+    card = (tmp_path / 'out' / 'README.md').read_text()
+    assert 'network without Multi-Scale' in card and 'It needs the package' not in card
 
 
 def test_the_average_is_taken_where_train_py_validated_it(ema_run, tmp_path):
@@ -130,7 +149,7 @@ def test_wrappers_leave_no_trace(copied, prefix):
 
 
 def test_the_tag_of_the_base_does_not_stay(tmp_path):
-    run = make_run(tmp_path, model='cifar_resnet20_msar.untrained')
+    run = make_run(tmp_path, model='cifar_resnet20_msar.fashion_mnist')
     run_export(run, tmp_path / 'cifar_resnet20_msar.mine')
     cfg = json.loads((tmp_path / 'cifar_resnet20_msar.mine' / 'config.json').read_text())
     assert (cfg['architecture'], cfg['pretrained_cfg']['tag']) == ('cifar_resnet20_msar', 'mine')

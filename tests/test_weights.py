@@ -2,6 +2,7 @@
 
 import math
 import re
+import socket
 from pathlib import Path
 
 import numpy as np
@@ -38,7 +39,7 @@ def test_the_networks_for_fashion_mnist_have_weights():
 @pytest.mark.parametrize('tag', SHIPPED)
 @torch.no_grad()
 def test_they_classify_real_images_as_the_card_says(tag, monkeypatch):
-    monkeypatch.setenv('HF_ENDPOINT', 'http://127.0.0.1:9')  # nothing answers there
+    monkeypatch.setattr(socket.socket, 'connect', None, raising=False)  # there is no network
     card = (card_folder() / f'{tag}.md').read_text(encoding='utf-8')
     accuracy = float(re.search(rf'^\| {re.escape(tag)} \| ([\d.]+) \|', card, re.MULTILINE)[1])
     promised = int(re.search(r'(\d+) of the first 500', card)[1])

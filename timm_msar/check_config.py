@@ -8,10 +8,11 @@ from typing import Any
 
 import timm
 import yaml
-from timm.optim import create_optimizer_v2
+from timm.optim import get_optimizer_info
 from timm.scheduler import create_scheduler_v2
 from timm.utils import ParseKwargs
 from torch import nn
+from torch.optim import SGD
 
 from .errors import CommandError
 
@@ -59,11 +60,11 @@ def check(path: Path, parser: argparse.ArgumentParser) -> None:
     if model is not None and ':' not in model:
         try:
             timm.create_model(model, device='meta', **config.get('model_kwargs', {}))
-        except (TypeError, ValueError) as error:
-            raise CommandError(f'{path}: {model} does not take these model_kwargs: {error}') from error
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise CommandError(f'{path}: {model} cannot be made: {error}') from error
     try:
-        optimizer = create_optimizer_v2(nn.Linear(1, 1), opt=config.get('opt') or 'sgd', lr=0.1)
-        create_scheduler_v2(optimizer, sched=config.get('sched') or 'none')
+        get_optimizer_info((config.get('opt') or 'sgd').lower().rpartition('_')[2])  # lookahead_sgd is sgd inside
+        create_scheduler_v2(SGD(nn.Linear(1, 1).parameters(), lr=0.1), sched=config.get('sched') or 'none')
     except ValueError as error:
         raise CommandError(f'{path}: {error}') from error
 
@@ -76,6 +77,8 @@ def unknown(config: dict[str, Any], parser: argparse.ArgumentParser) -> list[str
 
 def _takes(action: argparse.Action, value: Any) -> bool:
     """Whether a value from a file is of the type that the option gives from the command line."""
+    if value is None:
+        return action.default is None
     if action.nargs == 0:
         return isinstance(value, bool)
     if isinstance(action, ParseKwargs):

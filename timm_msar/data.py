@@ -221,7 +221,7 @@ def _load(name: str, source: Path | None, download: Path) -> tuple[list[str], di
     if name == 'fashion_mnist' and source is not None:
         missing = [filename for filename, _ in FashionMNIST.resources if not (source / filename).is_file()]
         if missing:
-            raise CommandError(f'{source} has no {missing[0]}; --source must be the folder with the four idx files')
+            raise CommandError(f'{source} has no {missing[0]}; --source must be the folder of the four idx .gz files')
     root, where = source or download, source or 'the download'
     try:
         if name == 'fashion_mnist' and source is not None:

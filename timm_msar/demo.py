@@ -81,8 +81,7 @@ def main(args: argparse.Namespace) -> None:
     model, accuracy = train(args.epochs)
 
     # Written aside: a demo that is cut off must not take away an earlier one.
-    cfg = {'tag': 'digits', 'mean': MEAN, 'std': STD, 'num_classes': 10, 'label_names': [str(i) for i in range(10)]}
-    save_for_hf(model, str(partial / 'weights'), model_config=cfg, safe_serialization=True)
+    save(model, partial / 'weights')
     loaded = timm.create_model(f'local-dir:{partial / "weights"}', pretrained=True).eval()
     images = torch.cat([x for x, _ in loader(Digits(held_out=True), is_training=False)])
     with torch.inference_mode():
@@ -98,6 +97,13 @@ def main(args: argparse.Namespace) -> None:
     print(f'gates               {args.output / "gates.png"}')
     print(f"use them            timm.create_model('local-dir:{args.output / 'weights'}', pretrained=True)")
     print('                    after import timm, timm_msar')
+
+
+def save(model: torch.nn.Module, folder: Path) -> None:
+    """Write weights and config, with what timm's transform needs to know about the images."""
+    model_config = {'pretrained_cfg': {'tag': 'digits'}, 'label_names': [str(i) for i in range(10)]}
+    data_config = {'input_size': SIZE, 'mean': MEAN, 'std': STD, 'crop_pct': 1.0, 'interpolation': 'bilinear'}
+    save_for_hf(model, str(folder), model_config=model_config, safe_serialization=True, data_config=data_config)
 
 
 def loader(dataset: Digits, is_training: bool):

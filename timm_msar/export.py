@@ -115,7 +115,9 @@ def write_folder(trained: Trained, folder: Path, model_id: str, checkpoint: Path
     model, args = trained.model, trained.args
     data = training_data(args, model.num_classes)
     tag = model_id.rpartition('/')[2].partition('.')[2] or checkpoint.resolve().parent.name
-    base_model = model.pretrained_cfg.get('hf_hub_id') if args.get('pretrained') else None
+    # A file in place of timm's weights may hold anything, so then the base is not known.
+    from_hub = args.get('pretrained') and not (args.get('pretrained_path') or args.get('initial_checkpoint'))
+    base_model = model.pretrained_cfg.get('hf_hub_id') if from_hub else None
     model_config = {'pretrained_cfg': {'tag': tag}, 'label_names': data.classes}
     data_config = resolve_data_config(args, model=model)  # as train.py does it for its own validation
     save_for_hf(model, folder, model_config=model_config, safe_serialization=True, data_config=data_config)
@@ -139,5 +141,6 @@ def _description(trained: Trained) -> str:
     weights = 'Exponential moving average of the weights' if trained.ema else 'Weights'
     facts = [f'{weights} after {trained.epoch + 1} of {args.get("epochs", "?")} epochs']
     facts += [f'{name} {args[key]}' for key, name in TOLD_ARGUMENTS.items() if args.get(key) is not None]
-    start = ', fine-tuned from pretrained weights' if args.get('pretrained') else ''
+    fine_tuned = args.get('pretrained') or args.get('initial_checkpoint')
+    start = ', fine-tuned from pretrained weights' if fine_tuned else ''
     return f"Trained with timm's train.py{start}. {', '.join(facts)}."

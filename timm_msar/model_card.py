@@ -14,6 +14,9 @@ from .recalibration import MultiScaleRecalibration
 from .training_data import TrainingData
 
 IMAGE_URL = 'https://huggingface.co/datasets/huggingface/documentation-images/resolve/main/beignets-task-guide.png'
+REQUIREMENT = (
+    ' It needs the package `timm-msar`: importing it registers the network, and without it timm says "Unknown model".'
+)
 METRICS = {'top1': 'Top-1 accuracy', 'top5': 'Top-5 accuracy'}
 
 
@@ -70,6 +73,7 @@ def model_card(
         'front_matter': metadata.to_yaml(),
         'title': title,
         'with_or_without': 'with' if _is_recalibrated(model) else 'without',
+        'requirement': REQUIREMENT if _is_from_here(model) else '',
         'description': description,
         'params': f'{params / 1e6:.2f}',
         'gmacs': f'{macs / 1e9:.3f}',
@@ -86,6 +90,10 @@ def model_card(
         'comparison': measured + '\n'.join(f'| {" | ".join(row)} |' for row in table) + f'\n\n{comparison}'.rstrip(),
     }
     return Template((card_folder() / 'template.md').read_text(encoding='utf-8')).substitute(names)
+
+
+def _is_from_here(model: torch.nn.Module) -> bool:
+    return type(model).__module__.startswith(f'{__package__}.')
 
 
 def _is_recalibrated(model: torch.nn.Module) -> bool:
