@@ -18,14 +18,12 @@ IMAGES = Path(__file__).parent / 'fashion_mnist'
 SHIPPED = [tag for tag in timm.list_pretrained('cifar_*') if timm.get_pretrained_cfg(tag).file]
 
 
-def test_images() -> list[Image.Image]:
-    """The first 500 test images, 28×28, padded to 40×40 as `timm-msar data` stores them."""
+def first_500(model: torch.nn.Module) -> torch.Tensor:
+    """The first 500 test images, 28×28, padded to 40×40 as `timm-msar data` stores them, through timm's transform."""
+    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model), is_training=False)
     sheet = np.asarray(Image.open(IMAGES / 'first_500_test_images.png'))
     images = sheet.reshape(20, 28, 25, 28).swapaxes(1, 2).reshape(500, 28, 28)
-    return [Image.fromarray(np.pad(image, 6)).convert('RGB') for image in images]
-
-
-test_images.__test__ = False
+    return torch.stack([transform(Image.fromarray(np.pad(image, 6)).convert('RGB')) for image in images])
 
 
 def test_the_networks_for_fashion_mnist_have_weights():
@@ -45,8 +43,7 @@ def test_they_classify_real_images_as_the_card_says(tag, monkeypatch):
     promised = int(re.search(r'(\d+) of the first 500', card)[1])
 
     model = timm.create_model(tag, pretrained=True).eval()
-    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model), is_training=False)
-    images = torch.stack([transform(image) for image in test_images()])
+    images = first_500(model)
     labels = torch.tensor(np.loadtxt(IMAGES / 'first_500_test_labels.txt', dtype=int).ravel())
     right = sum((model(x).argmax(1) == y).sum().item() for x, y in zip(images.split(50), labels.split(50)))
     assert abs(right - promised) <= 1  # another processor may round a close decision the other way
@@ -67,8 +64,7 @@ def test_the_files_hold_the_weights_and_no_more(tag):
 def test_the_gates_have_learned():
     """Trained gates differ between regions, on real images, in every block."""
     model = timm.create_model('cifar_resnet20_msar', pretrained=True).eval()
-    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model), is_training=False)
-    x = torch.stack([transform(image) for image in test_images()[:32]])
+    x = first_500(model)[:32]
     spreads = []
     for name, module in model.named_modules():
         if name.endswith('.se'):

@@ -54,10 +54,10 @@ def check(path: Path, parser: argparse.ArgumentParser) -> None:
         hint = f'did you mean {close[0]}?' if close else 'its options are listed by train.py --help.'
         raise CommandError(f'{path}: train.py has no option {key}, {hint}')
     model = config.get('model')
-    if model is not None and not timm.is_model(model.partition('.')[0]) and ':' not in model:
-        close = get_close_matches(model, timm.list_models(), n=1)
-        raise CommandError(f'{path}: timm has no model {model}{f", did you mean {close[0]}?" if close else "."}')
     if model is not None and ':' not in model:
+        if not timm.is_model(model.partition('.')[0]):
+            close = get_close_matches(model, timm.list_models(), n=1)
+            raise CommandError(f'{path}: timm has no model {model}{f", did you mean {close[0]}?" if close else "."}')
         try:
             timm.create_model(model, device='meta', **config.get('model_kwargs', {}))
         except (TypeError, ValueError, RuntimeError) as error:

@@ -187,7 +187,8 @@ def prepare(name: str, root: Path, source: Path | None = None) -> None:
         'std': std,
     }
     (partial / 'dataset.json').write_text(json.dumps(facts, indent=2) + '\n')
-    shutil.rmtree(download, ignore_errors=True)
+    if download.exists():
+        shutil.rmtree(download)
     partial.rename(root)
     print(f'{root} is ready for train.py --data-dir\n{_describe(facts)}')
 
@@ -218,10 +219,6 @@ def _load(name: str, source: Path | None, download: Path) -> tuple[list[str], di
         raise CommandError(f'there is no folder {source} to take {name} from')
     if name == 'fashion_mnist' and source is None and DEBIAN_FASHION_MNIST.is_dir():
         source = DEBIAN_FASHION_MNIST
-    if name == 'fashion_mnist' and source is not None:
-        missing = [filename for filename, _ in FashionMNIST.resources if not (source / filename).is_file()]
-        if missing:
-            raise CommandError(f'{source} has no {missing[0]}; --source must be the folder of the four idx .gz files')
     root, where = source or download, source or 'the download'
     try:
         if name == 'fashion_mnist' and source is not None:
@@ -250,6 +247,9 @@ def _load(name: str, source: Path | None, download: Path) -> tuple[list[str], di
 
 
 def _unpack_fashion_mnist(source: Path, download: Path) -> None:
+    missing = [filename for filename, _ in FashionMNIST.resources if not (source / filename).is_file()]
+    if missing:
+        raise CommandError(f'{source} has no {missing[0]}; --source must be the folder of the four idx .gz files')
     raw = download / FashionMNIST.__name__ / 'raw'  # where torchvision looks for the unpacked files
     raw.mkdir(parents=True, exist_ok=True)
     for filename, _ in FashionMNIST.resources:

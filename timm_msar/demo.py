@@ -10,6 +10,7 @@ import random
 import shutil
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import timm
@@ -27,8 +28,14 @@ from tqdm import tqdm
 from .errors import CommandError
 from .recalibration import MultiScaleRecalibration
 
-MEAN, STD = (0.305, 0.305, 0.305), (0.354, 0.354, 0.354)
-SIZE = (3, 32, 32)
+# Of the loader and of the saved network, so that who loads it prepares images as they were here.
+DATA_CONFIG: dict[str, Any] = {
+    'input_size': (3, 32, 32),
+    'mean': (0.305, 0.305, 0.305),
+    'std': (0.354, 0.354, 0.354),
+    'crop_pct': 1.0,
+    'interpolation': 'bilinear',
+}
 
 
 class Digits(Dataset):
@@ -40,7 +47,7 @@ class Digits(Dataset):
         digits = load_digits()
         chosen = (np.arange(len(digits.target)) % 5 == 4) == held_out
         pixels = (digits.images[chosen] * (255 / 16)).astype(np.uint8)
-        self.images = [Image.fromarray(p).convert('RGB').resize(SIZE[1:], Image.Resampling.BILINEAR) for p in pixels]
+        self.images = [Image.fromarray(p).convert('RGB').resize((32, 32), Image.Resampling.BILINEAR) for p in pixels]
         self.targets = digits.target[chosen].tolist()
         self.transform = None
 
@@ -102,25 +109,20 @@ def main(args: argparse.Namespace) -> None:
 def save(model: torch.nn.Module, folder: Path) -> None:
     """Write weights and config, with what timm's transform needs to know about the images."""
     model_config = {'pretrained_cfg': {'tag': 'digits'}, 'label_names': [str(i) for i in range(10)]}
-    data_config = {'input_size': SIZE, 'mean': MEAN, 'std': STD, 'crop_pct': 1.0, 'interpolation': 'bilinear'}
-    save_for_hf(model, str(folder), model_config=model_config, safe_serialization=True, data_config=data_config)
+    save_for_hf(model, str(folder), model_config=model_config, safe_serialization=True, data_config=DATA_CONFIG)
 
 
 def loader(dataset: Digits, is_training: bool):
     """timm's loader, with crops moved and scaled a little in training; a digit is not mirrored."""
     return create_loader(
         dataset,
-        input_size=SIZE,
+        **DATA_CONFIG,
         batch_size=64,
         is_training=is_training,
         scale=(0.7, 1.0),
         ratio=(0.9, 1.1),
         hflip=0.0,
         color_jitter=0.0,
-        interpolation='bilinear',
-        mean=MEAN,
-        std=STD,
-        crop_pct=1.0,
         num_workers=0,
         use_prefetcher=False,
         device=torch.device('cpu'),
