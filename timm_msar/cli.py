@@ -4,12 +4,13 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from . import __version__, check_config, costs, curves, data, demo, export, push
+from . import __version__, check_config, costs, curves, data, demo, export, push, speed
 from .errors import CommandError
 
 COMMANDS = {
     'demo': demo,
     'costs': costs,
+    'speed': speed,
     'data': data,
     'check-config': check_config,
     'curves': curves,
