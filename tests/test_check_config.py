@@ -28,7 +28,7 @@ def check(tmp_path, text):
 
 
 def test_a_config_that_train_py_takes(tmp_path, capsys):
-    text = 'model: cifar_resnet20_msar\nlr: null\nepochs: 3\nscale: [0.6, 1]\namp: true\n'
+    text = 'model: cifar_resnet20_msar\nlr: 1e-3\nepochs: null\nscale: [0.6, 1]\namp: true\n'
     text += 'opt: lookahead_fusedlamb\nsched: multistep\nmodel_kwargs: {scales: [1]}'
     assert check(tmp_path, text) == 0
     assert 'config.yaml: train.py takes every key' in capsys.readouterr().out
@@ -39,7 +39,7 @@ def test_a_config_that_train_py_takes(tmp_path, capsys):
     [
         ('epoch: 3', 'train.py has no option epoch, did you mean epochs?'),
         ('zzz: 3', 'train.py has no option zzz, its options are listed by train.py --help.'),
-        ('lr: "0.1"', "lr cannot be '0.1': learning rate."),
+        ('lr: fast', "lr cannot be 'fast': learning rate."),
         ('epochs: 1.5', 'epochs cannot be 1.5: number of epochs.'),
         ('scale: 0.5', 'scale cannot be 0.5: Random resize scale.'),
         ('amp: 1', 'amp cannot be 1: use mixed precision.'),
@@ -47,6 +47,7 @@ def test_a_config_that_train_py_takes(tmp_path, capsys):
         ('model: cifar_resnet20_msar\nmodel_kwargs: {scaless: [1]}', "unexpected keyword argument 'scaless'"),
         ('model: cifar_resnet20_msar\nmodel_kwargs: {scales: []}', 'scales must be one or more distinct'),
         ('model: resnet18_msar.warm_a2_in1k', 'Invalid pretrained tag (warm_a2_in1k)'),
+        ('model: resnet18_msar\nmodel_kwargs: {output_stride: 7}', 'resnet18_msar cannot be made: AssertionError'),
         ('opt: null', 'opt cannot be None'),
         ('opt: sdg', 'sdg'),
         ('sched: multi_step', "Unknown scheduler 'multi_step'"),

@@ -167,6 +167,10 @@ def test_other_bad_input_is_told(tmp_path):
         run(folder, '--output', tmp_path / 'picture.pdf')
     with pytest.raises(CommandError, match='cannot write'):
         run(folder, '--output', tmp_path / 'nowhere' / 'picture.png')
+    (tmp_path / 'folder.png').mkdir()
+    with pytest.raises(CommandError, match='cannot write'):
+        run(folder, '--output', tmp_path / 'folder.png')
+    assert not list(tmp_path.glob('*.partial'))
     with pytest.raises(CommandError, match='there is no folder'):
         run(tmp_path / 'b')
     (folder / 'args.yaml').write_text('lr: 0.1')

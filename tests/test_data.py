@@ -283,6 +283,15 @@ def test_other_content_is_left_alone(fashion):
     assert [path.name for path in root.iterdir()] == ['thesis.txt']
 
 
+def test_the_folder_one_is_in_cannot_be_renamed(fashion, tmp_path, monkeypatch):
+    here = tmp_path / 'here'
+    here.mkdir()
+    monkeypatch.chdir(here)
+    with pytest.raises(CommandError, match='cannot be ROOT: give the name of a new folder'):
+        run('fashion_mnist', '.', '--source', fashion[0])
+    assert list(here.iterdir()) == []
+
+
 def test_broken_sources_are_told(fashion, tmp_path):
     source, root, _ = fashion
     with pytest.raises(CommandError, match='there is no folder'):

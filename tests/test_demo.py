@@ -5,7 +5,7 @@ import timm
 import torch
 
 pytest.importorskip('sklearn')
-from timm_msar import demo
+from timm_msar import cli, demo
 
 
 def test_what_it_saves_prepares_images_as_it_tested_them(tmp_path):
@@ -16,3 +16,25 @@ def test_what_it_saves_prepares_images_as_it_tested_them(tmp_path):
     image, _ = demo.Digits(held_out=True)[0]
     tested, _ = next(iter(demo.loader(demo.Digits(held_out=True), is_training=False)))
     torch.testing.assert_close(transform(image), tested[0])
+
+
+def test_a_folder_that_cannot_be_written_is_told_before_training(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(demo, 'train', lambda epochs: pytest.fail('trained first'))
+    (tmp_path / 'file').touch()
+    assert cli.main(['demo', '--output', str(tmp_path / 'file' / 'demo')]) == 1
+    assert capsys.readouterr().err.endswith('cannot be written: Not a directory; nothing was kept.\n')
+
+
+def test_what_is_cut_off_leaves_nothing(tmp_path, monkeypatch):
+    def interrupted(epochs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(demo, 'train', interrupted)
+    assert cli.main(['demo', '--output', str(tmp_path / 'demo')]) == 130
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize('seed', ['-1', str(2**32)])
+def test_a_seed_out_of_range_is_one_sentence(seed, capsys):
+    assert cli.main(['demo', '--seed', seed]) == 1
+    assert capsys.readouterr().err == f'timm-msar demo: error: --seed must be from 0 to 4294967295, not {seed}.\n'

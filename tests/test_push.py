@@ -180,7 +180,7 @@ def test_refusals_are_one_sentence_and_change_nothing(hub, push, checkpoint, tmp
         fault = hub.fault(method, path, **what)
         code, output = push(changed, '--repo-id', 'me/net')
         last = output.splitlines()[-1]
-        assert code == 1 and sentence in last and last.endswith('me/net is as it was'), (name, output)
+        assert code == 1 and sentence in last and last.endswith('no file of me/net was changed'), (name, output)
         assert fault.times == 0 and hub.head('me/net') == head, name
     hub.fault('POST', '/commit/', status=500)
     assert push(changed, '--repo-id', 'me/net', '--revision', 'new')[0] == 1

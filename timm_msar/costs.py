@@ -91,11 +91,14 @@ def rows() -> list[Row]:
         (100, '252.5M', '0.80M', '253.3M', '0.99M'),
         (190, '7.95G', '25.8M', '7.98G', '32.7M'),
     ):
-        for suffix, row_macs, row_params in (('', macs, params), ('_msar', msar_macs, msar_params)):
+        for table, suffix, row_macs, row_params in (
+            ('1, 2', '', macs, params),
+            ('2', '_msar', msar_macs, msar_params),
+        ):
             model = f'cifar_densenet{n}{suffix}'
             listed += [
-                Row('1, 2', model, row_macs, row_params, 'c, d'),
-                Row('1, 2', model, row_macs, row_params, 'd', transitions=False),
+                Row(table, model, row_macs, row_params, 'c, d'),
+                Row(table, model, row_macs, row_params, 'd', transitions=False),
             ]
     for scales, resnet_macs, densenet_macs in (
         ((1,), '125.7M', '252.6M'),

@@ -8,6 +8,7 @@ sample: divided by n - 1) to both sides. An error is 100 - eval_top1, in percent
 import argparse
 import csv
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -229,3 +230,6 @@ def draw(groups: Sequence[Curves], output: Path) -> None:
         aside.replace(output)
     except OSError as error:
         raise CommandError(f'cannot write {output} ({error.strerror})') from error
+    finally:
+        with suppress(OSError):
+            aside.unlink()

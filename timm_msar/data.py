@@ -154,6 +154,8 @@ def prepare(name: str, root: Path, source: Path | None = None) -> None:
     Raises:
         CommandError: If `root` holds something else, or the source is missing or broken.
     """
+    if not root.name:
+        raise CommandError(f'{root} cannot be ROOT: give the name of a new folder')
     if root.exists() and not (root.is_dir() and not any(root.iterdir())):
         print(f'{root} is complete\n{_describe(_read_complete(name, root))}')
         return

@@ -70,6 +70,8 @@ def main(args: argparse.Namespace) -> None:
     """Run the demo and say where everything is."""
     if args.epochs < 1:
         raise CommandError(f'--epochs must be at least 1, not {args.epochs}.')
+    if not 0 <= args.seed < 2**32:  # NumPy takes no other
+        raise CommandError(f'--seed must be from 0 to {2**32 - 1}, not {args.seed}.')
     try:
         import matplotlib  # noqa: F401
         import sklearn  # noqa: F401
@@ -85,19 +87,24 @@ def main(args: argparse.Namespace) -> None:
     np.random.seed(args.seed)
     torch.manual_seed(args.seed)
     start = time.monotonic()
-    model, accuracy = train(args.epochs)
-
-    # Written aside: a demo that is cut off must not take away an earlier one.
-    save(model, partial / 'weights')
-    loaded = timm.create_model(f'local-dir:{partial / "weights"}', pretrained=True).eval()
-    images = torch.cat([x for x, _ in loader(Digits(held_out=True), is_training=False)])
-    with torch.inference_mode():
-        difference = (loaded(images) - model(images)).abs().max().item()
-    if difference:
-        raise RuntimeError(f'the logits of the weights loaded back differ by {difference}')
-    draw(loaded, images, partial / 'gates.png')
-    shutil.rmtree(output, ignore_errors=True)
-    partial.rename(output)
+    try:
+        # Written aside: a demo that is cut off must not take away an earlier one.
+        partial.mkdir(parents=True)
+        model, accuracy = train(args.epochs)
+        save(model, partial / 'weights')
+        loaded = timm.create_model(f'local-dir:{partial / "weights"}', pretrained=True).eval()
+        images = torch.cat([x for x, _ in loader(Digits(held_out=True), is_training=False)])
+        with torch.inference_mode():
+            difference = (loaded(images) - model(images)).abs().max().item()
+        if difference:
+            raise RuntimeError(f'the logits of the weights loaded back differ by {difference}')
+        draw(loaded, images, partial / 'gates.png')
+        shutil.rmtree(output, ignore_errors=True)
+        partial.rename(output)
+    except OSError as error:
+        raise CommandError(f'{args.output} cannot be written: {error.strerror or error}; nothing was kept.') from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
     print(f'\nheld-out accuracy   {accuracy:.2f} % after {args.epochs} epochs, {time.monotonic() - start:.0f} s')
     print(f'weights             {args.output / "weights"} (loaded back: the same logits)')

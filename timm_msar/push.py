@@ -1,7 +1,7 @@
 """Publish a checkpoint of train.py on the Hugging Face Hub, so that `timm.create_model('hf-hub:ME/NAME')` loads it.
 
 What is uploaded is what `timm-msar export` writes, after the same checks, and as one commit: a push that is cut off
-leaves the repository as it was, and pushing the same again changes nothing. The model card on the Hub is replaced.
+changes no file there, and pushing the same again changes nothing. The model card on the Hub is replaced.
 The token is the one of `hf auth login` or HF_TOKEN; the Hub's client sends it and nothing here shows it.
 
 The Hub compares what it receives with its SHA-256. A reader's client compares sizes alone; `hf cache verify ME/NAME`
@@ -110,7 +110,7 @@ def _hub_errors(repo_id: str) -> Iterator[None]:
     except (HTTPError, RuntimeError, ValueError, OSError) as error:
         # the client wraps an error during the upload of a file in a RuntimeError
         cause = error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ else error
-        raise CommandError(f'{_reason(cause, repo_id)}; {repo_id} is as it was') from error
+        raise CommandError(f'{_reason(cause, repo_id)}; no file of {repo_id} was changed') from error
 
 
 def _reason(error: BaseException, repo_id: str) -> str:
