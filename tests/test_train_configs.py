@@ -1,5 +1,6 @@
 """The files of train_configs/ say what the paper says, in words that timm's train.py knows."""
 
+import copy
 import re
 import runpy
 import shlex
@@ -168,13 +169,21 @@ def test_keys_and_types_are_those_of_train_py(name, train_parser):
 
 
 def test_wrong_keys_and_types_are_found(train_parser):
-    wrong = {'lerning_rate': 0.1, 'lr': '0.1', 'epochs': 1.5, 'amp': 1, 'model_kwargs': 'scales=[1]', 'mean': 0.5}
+    wrong = {'lerning_rate': 0.1, 'lr': 'fast', 'epochs': 1.5, 'amp': 1, 'model_kwargs': 'scales=[1]', 'mean': 0.5}
     assert unknown(wrong, train_parser) == list(wrong)
     assert unknown({'weight-decay': 0.1, 'input_size': [32, 32], 'train_size_schedule': 'none'}, train_parser) == [
         'weight-decay',
         'input_size',
         'train_size_schedule',
     ]
+
+
+def test_a_number_without_a_point_is_a_string_that_train_py_converts(train_parser):
+    config = yaml.safe_load('lr: 1e-3')
+    assert config == {'lr': '1e-3'} and unknown(config, train_parser) == []
+    parser = copy.deepcopy(train_parser)
+    parser.set_defaults(**config)  # as train.py does it
+    assert parser.parse_args([]).lr == 0.001
 
 
 def test_commands_of_the_readme_are_understood(train_parser):
