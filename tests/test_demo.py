@@ -22,7 +22,8 @@ def test_a_folder_that_cannot_be_written_is_told_before_training(tmp_path, capsy
     monkeypatch.setattr(demo, 'train', lambda epochs: pytest.fail('trained first'))
     (tmp_path / 'file').touch()
     assert cli.main(['demo', '--output', str(tmp_path / 'file' / 'demo')]) == 1
-    assert capsys.readouterr().err.endswith('cannot be written: Not a directory; nothing was kept.\n')
+    error = f'cannot write {tmp_path / "file" / "demo"}: Not a directory; nothing was kept'
+    assert capsys.readouterr().err == f'timm-msar demo: error: {error}\n'
 
 
 def test_what_is_cut_off_leaves_nothing(tmp_path, monkeypatch):

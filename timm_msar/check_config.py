@@ -14,7 +14,7 @@ from timm.utils import ParseKwargs
 from torch import nn
 from torch.optim import SGD
 
-from .errors import CommandError
+from .errors import CommandError, first_line
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -61,8 +61,7 @@ def check(path: Path, parser: argparse.ArgumentParser) -> None:
         try:
             timm.create_model(model, device='meta', **config.get('model_kwargs', {}))
         except Exception as error:  # timm has no common class for arguments that a model does not take
-            reason = ' '.join(str(error).split()) or type(error).__name__
-            raise CommandError(f'{path}: {model} cannot be made: {reason}') from error
+            raise CommandError(f'{path}: {model} cannot be made: {first_line(error)}') from error
     try:
         get_optimizer_info((config.get('opt') or 'sgd').lower().rpartition('_')[2])  # lookahead_sgd is sgd inside
         create_scheduler_v2(SGD(nn.Linear(1, 1).parameters(), lr=0.1), sched=config.get('sched') or 'none')

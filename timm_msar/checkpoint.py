@@ -23,7 +23,7 @@ import yaml
 from timm.models import clean_state_dict
 from torch import nn
 
-from .errors import CommandError
+from .errors import CommandError, first_line
 
 
 class Trained(NamedTuple):
@@ -85,7 +85,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     except PermissionError as error:
         raise CommandError(f'{path} cannot be read: {error.strerror}') from error
     except Exception as error:  # a damaged zip file makes zipfile raise errors of many kinds
-        raise CommandError(f'{path} is damaged ({_first_line(error)}); copy or train it again') from error
+        raise CommandError(f'{path} is damaged ({first_line(error)}); copy or train it again') from error
     if damaged is not None:
         raise CommandError(f'{path} is damaged: the checksum of {damaged} is wrong; copy or train it again')
     try:
@@ -97,14 +97,10 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
             'a checkpoint of train.py holds only tensors, numbers and its arguments'
         ) from error
     except Exception as error:  # the file is a zip file, and can hold anything
-        raise CommandError(f'{path} is not a checkpoint of train.py ({_first_line(error)})') from error
+        raise CommandError(f'{path} is not a checkpoint of train.py ({first_line(error)})') from error
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get('epoch'), int):
         raise CommandError(f'{path} is not a checkpoint of train.py: it has no `epoch` and `state_dict`')
     return checkpoint
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def _unsafe_names(path: Path) -> str:
@@ -154,7 +150,7 @@ def _rebuild(args: dict[str, Any], state_dict: Any, path: Path) -> nn.Module:
             **(args.get('model_kwargs') or {}),
         )
     except Exception as error:  # timm has no common class for arguments that a model does not take
-        raise CommandError(f'the network of {path} cannot be built again: {_first_line(error)}') from error
+        raise CommandError(f'the network of {path} cannot be built again: {first_line(error)}') from error
     _check_fit(model, state_dict, f'the weights in {path} are not those of {args["model"]}')
     model.load_state_dict(state_dict)
     return model.eval()

@@ -26,6 +26,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from .errors import CommandError
+from .export import disk_errors
 from .recalibration import MultiScaleRecalibration
 
 # Of the loader and of the saved network, so that who loads it prepares images as they were here.
@@ -88,21 +89,20 @@ def main(args: argparse.Namespace) -> None:
     torch.manual_seed(args.seed)
     start = time.monotonic()
     try:
-        # Written aside: a demo that is cut off must not take away an earlier one.
-        partial.mkdir(parents=True)
-        model, accuracy = train(args.epochs)
-        save(model, partial / 'weights')
-        loaded = timm.create_model(f'local-dir:{partial / "weights"}', pretrained=True).eval()
-        images = torch.cat([x for x, _ in loader(Digits(held_out=True), is_training=False)])
-        with torch.inference_mode():
-            difference = (loaded(images) - model(images)).abs().max().item()
-        if difference:
-            raise RuntimeError(f'the logits of the weights loaded back differ by {difference}')
-        draw(loaded, images, partial / 'gates.png')
-        shutil.rmtree(output, ignore_errors=True)
-        partial.rename(output)
-    except OSError as error:
-        raise CommandError(f'{args.output} cannot be written: {error.strerror or error}; nothing was kept.') from error
+        with disk_errors(args.output):
+            # Written aside: a demo that is cut off must not take away an earlier one.
+            partial.mkdir(parents=True)
+            model, accuracy = train(args.epochs)
+            save(model, partial / 'weights')
+            loaded = timm.create_model(f'local-dir:{partial / "weights"}', pretrained=True).eval()
+            images = torch.cat([x for x, _ in loader(Digits(held_out=True), is_training=False)])
+            with torch.inference_mode():
+                difference = (loaded(images) - model(images)).abs().max().item()
+            if difference:
+                raise RuntimeError(f'the logits of the weights loaded back differ by {difference}')
+            draw(loaded, images, partial / 'gates.png')
+            shutil.rmtree(output, ignore_errors=True)
+            partial.rename(output)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

@@ -19,7 +19,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError,
 from huggingface_hub.utils import validate_repo_id
 
 from .checkpoint import load_trained
-from .errors import CommandError
+from .errors import CommandError, first_line
 from .export import add_checkpoint_arguments, describe, disk_errors, write_folder
 
 
@@ -117,7 +117,7 @@ def _reason(error: BaseException, repo_id: str) -> str:
     if not isinstance(error, HfHubHTTPError):
         if isinstance(error, HTTPError):
             return f'no connection to {constants.ENDPOINT} ({type(error).__name__}); check the network and push again'
-        return f'the Hub did not take it: {next(iter(str(error).splitlines()), type(error).__name__)}'
+        return f'the Hub did not take it: {first_line(error)}'
     status = error.response.status_code
     if status == 401:
         return 'the Hub does not accept your token; run `hf auth login` with one that may write'

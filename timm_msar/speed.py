@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 from tqdm import tqdm
 
-from .errors import CommandError
+from .errors import CommandError, first_line
 
 # The plain network, timm's SE network (which the others are compared to), and ours with L = {1} and L = {1, 2, 4}.
 NETWORKS: list[list[tuple[str, dict[str, Any]]]] = [
@@ -53,16 +53,17 @@ def main(args: argparse.Namespace) -> None:
         device = torch.device(args.device or accelerator or 'cpu')
         images = torch.randn(args.batch_size, 3, args.img_size, args.img_size, device=device)
     except (RuntimeError, AssertionError) as error:  # PyTorch asserts that it was built with CUDA
-        raise CommandError(f'--device {args.device} cannot be used: {str(error).splitlines()[0]}') from error
+        raise CommandError(f'--device {args.device} cannot be used: {first_line(error)}') from error
     times = measure([network for group in NETWORKS for network in group], images, args.rounds)
 
     setting = f'batch {args.batch_size}, {args.img_size} px, float32, channels_last, {args.rounds} rounds'
     print(f'{setting}, on {_where(device)}')
     print('\n| Network | Inference (ms) | to SE | Training step (ms) | to SE |\n|---|--:|--:|--:|--:|')
-    while times:
-        group, times = times[: len(NETWORKS[0])], times[len(NETWORKS[0]) :]
-        _, *se = group[1]
-        for name, *ours in group:
+    measured = iter(times)
+    for group in NETWORKS:
+        rows = [next(measured) for _ in group]
+        _, *se = rows[1]
+        for name, *ours in rows:
             cells = [f'{1e3 * median(own):.1f} | {median(own) / median(other):.2f}' for own, other in zip(ours, se)]
             print('|', ' | '.join([name, *cells]), '|')
 
