@@ -18,10 +18,10 @@ from huggingface_hub import ModelCard
 from PIL import Image
 from trained_run import CLASSES, make_run
 
-from timm_msar import export
-from timm_msar.costs import count
-from timm_msar.model_card import IMAGE_URL, card_folder
-from timm_msar.training_data import training_data
+from timm_msar.cli import export
+from timm_msar.cli.costs import count
+from timm_msar.cli.model_card import IMAGE_URL, card_folder
+from timm_msar.cli.training_data import training_data
 
 CARDS = sorted(path for path in card_folder().glob('*.md') if path.name not in ('template.md', 'README.md'))
 SECTIONS = ['Model Details', 'Model Usage', 'Model Comparison', 'Citation']

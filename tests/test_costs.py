@@ -7,7 +7,8 @@ import pytest
 import timm
 import torch
 
-from timm_msar import cli, costs
+from timm_msar import cli
+from timm_msar.cli import costs
 
 README = Path(__file__).parent.parent / 'README.md'
 

@@ -8,8 +8,8 @@ import yaml
 from PIL import Image
 from timm.utils import update_summary
 
-from timm_msar import curves
-from timm_msar.errors import CommandError
+from timm_msar.cli import curves
+from timm_msar.cli.errors import CommandError
 
 
 def run(*words):

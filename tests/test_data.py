@@ -15,8 +15,8 @@ from PIL import Image
 from timm.data import create_dataset, create_loader
 from torchvision.datasets import CIFAR10, CIFAR100
 
-from timm_msar import data
-from timm_msar.errors import CommandError
+from timm_msar.cli import data
+from timm_msar.cli.errors import CommandError
 
 FASHION_FILES = {
     'train': ('train-images-idx3-ubyte.gz', 'train-labels-idx1-ubyte.gz'),

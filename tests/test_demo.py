@@ -5,7 +5,8 @@ import timm
 import torch
 
 pytest.importorskip('sklearn')
-from timm_msar import cli, demo
+from timm_msar import cli
+from timm_msar.cli import demo
 
 
 def test_what_it_saves_prepares_images_as_it_tested_them(tmp_path):

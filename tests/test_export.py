@@ -17,9 +17,9 @@ import yaml
 from huggingface_hub import ModelCard
 from trained_run import CLASSES, logits, logits_of, make_run, resave, weights
 
-from timm_msar import export
-from timm_msar.checkpoint import load_trained
-from timm_msar.errors import CommandError
+from timm_msar.cli import export
+from timm_msar.cli.checkpoint import load_trained
+from timm_msar.cli.errors import CommandError
 
 
 def run_export(checkpoint, output, *options):
@@ -326,8 +326,8 @@ def test_damaged_text_files_never_give_a_traceback(copied):
 
 LIMITED = """
 import argparse, pathlib, resource, sys
-from timm_msar import export
-from timm_msar.errors import CommandError
+from timm_msar.cli import export
+from timm_msar.cli.errors import CommandError
 
 resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, 500_000))
 parser = argparse.ArgumentParser()

@@ -18,8 +18,8 @@ TOKEN = 'hf_secret_of_me'
 # Several pushes in one process, because importing torch takes longer than a push.
 PUSH = """
 import argparse, contextlib, io, json, os, sys
-from timm_msar import push
-from timm_msar.errors import CommandError
+from timm_msar.cli import push
+from timm_msar.cli.errors import CommandError
 
 parser = argparse.ArgumentParser()
 push.add_arguments(parser)

@@ -6,7 +6,8 @@ import pytest
 import timm
 import torch
 
-from timm_msar import cli, speed
+from timm_msar import cli
+from timm_msar.cli import speed
 
 
 def test_networks_are_timed_in_turn(monkeypatch):

@@ -16,7 +16,7 @@ import yaml
 from PIL import Image
 
 import timm_msar
-from timm_msar.check_config import unknown
+from timm_msar.cli.check_config import unknown
 
 FOLDER = Path(__file__).parents[1] / 'train_configs'
 CONFIGS = {path.stem: yaml.safe_load(path.read_text()) for path in sorted(FOLDER.glob('*.yaml'))}

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 
-from timm_msar.model_card import card_folder
+from timm_msar.cli.model_card import card_folder
 
 IMAGES = Path(__file__).parent / 'fashion_mnist'
 SHIPPED = [tag for tag in timm.list_pretrained('cifar_*') if timm.get_pretrained_cfg(tag).file]

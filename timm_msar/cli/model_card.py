@@ -10,7 +10,7 @@ import torch
 from huggingface_hub import EvalResult, ModelCardData
 
 from .costs import count
-from .recalibration import MultiScaleRecalibration
+from ..recalibration import MultiScaleRecalibration
 from .training_data import TrainingData
 
 IMAGE_URL = 'https://huggingface.co/datasets/huggingface/documentation-images/resolve/main/beignets-task-guide.png'
@@ -22,7 +22,7 @@ METRICS = {'top1': 'Top-1 accuracy', 'top5': 'Top-5 accuracy'}
 
 def card_folder() -> Path:
     """`hub_cards/`, which the wheel holds inside the package and a checkout beside it."""
-    package = Path(str(files(__package__)))
+    package = Path(str(files('timm_msar')))
     return next(path for path in (package / 'hub_cards', package.parent / 'hub_cards') if path.is_dir())
 
 
@@ -93,7 +93,7 @@ def model_card(
 
 
 def _is_from_here(model: torch.nn.Module) -> bool:
-    return type(model).__module__.startswith(f'{__package__}.')
+    return type(model).__module__.startswith('timm_msar.')
 
 
 def _is_recalibrated(model: torch.nn.Module) -> bool:

@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from .errors import CommandError
 from .export import disk_errors
-from .recalibration import MultiScaleRecalibration
+from ..recalibration import MultiScaleRecalibration
 
 # Of the loader and of the saved network, so that who loads it prepares images as they were here.
 DATA_CONFIG: dict[str, Any] = {

@@ -4,7 +4,8 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from . import __version__, check_config, costs, curves, data, demo, export, push, speed
+from .. import __version__
+from . import check_config, costs, curves, data, demo, export, push, speed
 from .errors import CommandError
 
 COMMANDS = {

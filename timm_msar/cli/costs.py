@@ -13,7 +13,7 @@ import timm
 import torch
 import torch.nn as nn
 
-from .cifar_densenet import Transition
+from ..cifar_densenet import Transition
 
 # Why figures differ from the paper's; a row names the reasons by their letters.
 NOTES = {
