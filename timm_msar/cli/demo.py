@@ -180,7 +180,7 @@ def draw(model: torch.nn.Module, images: Tensor, path: Path, count: int = 8) -> 
     gates: list[np.ndarray] = []
 
     def keep(layer: MultiScaleRecalibration, inputs: tuple[Tensor, ...]) -> None:
-        gates.append(layer.gates(*inputs).mean(1).numpy())
+        gates.append(torch.stack(list(layer.gates(*inputs).values())).mean((0, 2)).numpy())
 
     hooks = [layer.register_forward_pre_hook(keep) for layer in layers]
     with torch.inference_mode():
