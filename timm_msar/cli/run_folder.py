@@ -51,7 +51,8 @@ ARGUMENTS = {
     **dict.fromkeys(('pretrained_path', 'initial_checkpoint'), TEXT),
     **dict.fromkeys(('pretrained', 'model_ema', 'model_ema_force_cpu', 'split_bn'), SWITCH),
     **dict.fromkeys(('lr', 'weight_decay', 'bn_momentum', 'bn_eps'), NUMBER),
-    **dict.fromkeys(('epochs', 'seed', 'num_classes'), WHOLE),
+    **dict.fromkeys(('epochs', 'seed'), WHOLE),
+    'num_classes': Kind('a whole number up to 100,000', lambda value: _is_whole(value, 0, 100_000)),
     **dict.fromkeys(('batch_size', 'grad_accum_steps', 'world_size'), COUNT),
     **dict.fromkeys(('in_chans', 'img_size'), SIZE),
     'input_size': Kind(
