@@ -119,7 +119,9 @@ class CifarDenseNet(CifarNet):
                 layers.append(Transition(channels, channels // 2, **dd))
                 channels //= 2
             for _ in range(depth):
-                layers.append(DenseLayer(channels, growth_rate, proj_drop_rate, attn_layer, multi_level is not False, **dd))
+                layers.append(
+                    DenseLayer(channels, growth_rate, proj_drop_rate, attn_layer, multi_level is not False, **dd)
+                )
                 channels += growth_rate
             if i == 2:
                 layers.append(BatchNormAct2d(channels, **dd))

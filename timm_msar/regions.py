@@ -24,9 +24,7 @@ def region_matrix(size: int, scale: int, device: torch.device, dtype: torch.dtyp
     """R of the regions along an axis, (K, size); where K exceeds a size that is a number, (size, size)."""
     # No empty region: it would count in the statistics of batch norm. A symbol cannot be compared.
     k = scale
-    if torch.jit.is_scripting():
-        k = min(scale, size)
-    elif isinstance(size, int) and not torch.compiler.is_exporting():
+    if torch.jit.is_scripting() or (isinstance(size, int) and not torch.compiler.is_exporting()):
         k = min(scale, size)
     region = torch.arange(size, device=device) * k // size
     return (region == torch.arange(k, device=device)[:, None]).to(dtype)
@@ -86,7 +84,7 @@ def sliding_means(x: Tensor, scales: list[int]) -> list[Tensor]:
 
 
 def regional_means(x: Tensor, scales: list[int]) -> list[Tensor]:
-    """y of x, (B, C, H, W), over the regions of every scale K, as (B, K, K, C); with fewer than K positions, of those."""
+    """y of x, (B, C, H, W), over the regions of every scale K, as (B, K, K, C), or fewer where the map has fewer."""
     height, width = x.shape[2], x.shape[3]
     if not are_known(height, width, scales):
         return means_by_definition(x, scales)
@@ -110,7 +108,9 @@ def regional_means(x: Tensor, scales: list[int]) -> list[Tensor]:
             if k == finest:
                 means[k] = y
             elif finest % k == 0 and k not in means:
-                means[k] = blocks(y, 1, k, wide) if area is None else blocks(y * area, 1, k, wide) / blocks(area, 1, k, wide)
+                means[k] = (
+                    blocks(y, 1, k, wide) if area is None else blocks(y * area, 1, k, wide) / blocks(area, 1, k, wide)
+                )
     return [means[k].to(x.dtype) for k in scales]
 
 

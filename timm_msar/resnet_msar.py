@@ -132,7 +132,5 @@ def resnet34_msar(pretrained: bool = False, **kwargs) -> ResNetMsar:
 @register_model
 def resnext50_msar(pretrained: bool = False, **kwargs) -> ResNetMsar:
     """ResNeXt-50 32x4d with MS-SAR in each block, 27.57 M parameters; `rd_ratio` is what the paper's count implies."""
-    model_args = dict(
-        block=RecalibratedBottleneck, layers=(3, 4, 6, 3), cardinality=32, base_width=4, rd_ratio=0.25
-    )
+    model_args = dict(block=RecalibratedBottleneck, layers=(3, 4, 6, 3), cardinality=32, base_width=4, rd_ratio=0.25)
     return _create_resnet_msar('resnext50_msar', pretrained, **dict(model_args, **kwargs))
