@@ -48,7 +48,7 @@ def _batch_norm(
     weight: Tensor | None,
     bias: Tensor | None,
     training: bool,
-    momentum: float | None,
+    momentum: float,
     eps: float,
 ) -> Tensor:
     """Batch norm of rows y, (N, C), by running statistics in evaluation, or where there is just one row.
@@ -57,13 +57,13 @@ def _batch_norm(
     how detection and segmentation networks are fine-tuned.
     """
     training = running_mean is None or (training and y.shape[0] > 1)
-    return F.batch_norm(
-        y, running_mean, running_var, weight, bias, training, 0.1 if momentum is None else momentum, eps
-    )
+    return F.batch_norm(y, running_mean, running_var, weight, bias, training, momentum, eps)
 
 
 class GateNorm(nn.BatchNorm1d):
     """The BN in σ1 and σ2. In training, a single row is normalised by the running statistics."""
+
+    momentum: float  # nn.BatchNorm1d would take None too
 
     def forward(self, y: Tensor) -> Tensor:
         """Normalise rows (N, C)."""

@@ -105,13 +105,12 @@ def regional_means(x: Tensor, scales: list[int]) -> list[Tensor]:
             matrix = (matrix / area).to(x.dtype)
             rows = matrix @ cube.flatten(1, 2) if channels_last else (cube.flatten(2) @ matrix.T).transpose(1, 2)
             y, area = rows.unflatten(1, (finest, finest)), area.view(1, finest, finest, 1)
-        for k in scales:
-            if k == finest:
-                means[k] = y
-            elif finest % k == 0 and k not in means:
-                means[k] = (
-                    blocks(y, 1, k, wide) if area is None else blocks(y * area, 1, k, wide) / blocks(area, 1, k, wide)
-                )
+        means[finest] = y
+        for k in coarser_scales(finest, scales):
+            if area is None:
+                means[k] = blocks(y, 1, k, wide)
+            else:
+                means[k] = blocks(y * area, 1, k, wide) / blocks(area, 1, k, wide)
     return [means[k].to(x.dtype) for k in scales]
 
 
@@ -126,10 +125,8 @@ def recalibrate(x: Tensor, z: list[Tensor], scales: list[int]) -> Tensor:
     total = x
     for i, fine in enumerate(finest):
         gates = z[scales.index(fine)]
-        for k, z_k in zip(scales, z):
-            # A scale that divides several of the finest counts with the first.
-            if k != fine and multiples(k, finest)[0] == fine:
-                gates = gates + repeat(repeat(z_k, 1, fine), 2, fine)
+        for k in coarser_scales(fine, scales):
+            gates = gates + repeat(repeat(z[scales.index(k)], 1, fine), 2, fine)
         gates = gates / len(scales)
         if height % fine == 0 and width % fine == 0:
             gates = repeat(gates, 2, width)
@@ -175,6 +172,15 @@ def finest_scales(scales: list[int]) -> list[int]:
         if len(multiples(k, scales)) == 1:
             finest.append(k)
     return finest
+
+
+def coarser_scales(finest: int, scales: list[int]) -> list[int]:
+    """The other scales that are brought to one of the finest; one that divides several goes to the first of them."""
+    coarser: list[int] = []
+    for k in scales:
+        if k != finest and multiples(k, finest_scales(scales))[0] == finest:
+            coarser.append(k)
+    return coarser
 
 
 def multiples(k: int, scales: list[int]) -> list[int]:
