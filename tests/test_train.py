@@ -74,7 +74,7 @@ def test_resume_goes_on_from_the_checkpoint(trained, digits, tmp_path):
 
 
 def assert_validate_agrees(train_folder: Path, script: Path, *arguments) -> None:
-    """validate.py finds the accuracy of the last epoch to its last digit, and the loss, which other constants change."""
+    """validate.py finds the accuracy of the last epoch to its last digit, and the loss, which constants move."""
     checkpoint = ('--checkpoint', train_folder / 'last.pth.tar')
     log = run('-m', 'timm_msar.run', script, *arguments, *checkpoint, *ON_CPU)
     result = json.loads(log.rpartition('--result\n')[2])
