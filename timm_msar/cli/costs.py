@@ -14,6 +14,7 @@ import torch
 import torch.nn as nn
 
 from ..cifar_densenet import Transition
+from ..recalibration import Gate
 
 # Why figures differ from the paper's; a row names the reasons by their letters.
 NOTES = {
@@ -55,12 +56,17 @@ def count(model: nn.Module, input_size: tuple[int, int, int], transitions: bool 
 
     def add(module: nn.Module, _: Any, output: torch.Tensor) -> None:
         nonlocal macs, activations
+        if isinstance(module, Gate):  # its convolutions are computed as linear maps of rows, one for each region
+            for weight in (module.fc1.weight, module.fc2.weight):
+                macs += output[..., 0].numel() * weight.numel()
+                activations += output[..., 0].numel() * weight.shape[0]
+            return
         # An output value takes one multiplication for each weight that leads to it.
         macs += output.numel() * module.weight[0].numel()  # type: ignore[index, operator, union-attr]
         activations += output.numel()
 
     left_out = set() if transitions else {m for t in model.modules() if isinstance(t, Transition) for m in t}
-    counted = [m for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear)) and m not in left_out]
+    counted = [m for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear, Gate)) and m not in left_out]
     hooks = [module.register_forward_hook(add) for module in counted]
     training = model.training
     weight = next(model.parameters())
