@@ -173,7 +173,7 @@ def test_the_tables_have_every_row_of_the_paper(parse):
 def test_other_commands_of_the_readme_are_understood(parse):
     commands = other_commands()
     recipes = {recipe for recipe, args in map(parse, commands) if create(args)}
-    assert recipes == set(RECIPES) and len(commands) >= 10
+    assert recipes == set(RECIPES) - {'cifar_densenet'} and len(commands) >= 10
     # They replace the whole entry of the file, as the files say.
     assert parse('python train.py --config in1k.yaml --opt-kwargs fused=True')[1].opt_kwargs == {'fused': True}
 
