@@ -144,17 +144,8 @@ class Trainer:
     def __init__(self, scripts: Path, data: Path, output: Path):
         self.output = output
         self.command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node=2']
-        self.command += [
-            scripts / 'train.py',
-            '--config',
-            RECIPE,
-            '--model',
-            NETS[0],
-            '--data-dir',
-            data,
-            '--output',
-            output,
-        ]
+        self.command += [scripts / 'train.py', '--config', RECIPE, '--model', NETS[0], '--data-dir', data]
+        self.command += ['--output', output]
         self.command += ['--device', 'cpu', '--device-modules', 'timm_msar', 'ddp_on_cpu', '--workers', '0']
         # Not augmented: a resumed run seeds its generators anew and would draw other crops.
         self.command += ['--no-aug', '--log-interval', '1']
