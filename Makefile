@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-timm lint format
+.PHONY: demo test quick test-timm lint format
 
 demo: .venv/installed
 	$(BIN)/timm-msar demo
@@ -11,6 +11,10 @@ demo: .venv/installed
 # One thread a process: the tests are many small networks, and PyTorch's threads get in each other's way.
 test: .venv/installed
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
+
+# Without the slow tests, for a developer at work.
+quick: .venv/installed
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile -m 'not slow'
 
 # timm's own test file on every network, a quarter of an hour.
 test-timm: .venv/installed

@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 import timm_msar
 from timm_msar.recalibration import GateNorm
 
-CONFIG = Path(__file__).parents[1] / 'train_configs' / 'cifar_resnet20_msar_cifar10.yaml'
+RECIPE = Path(__file__).parents[1] / 'train_configs' / 'cifar_resnet.yaml'
 NETS = ('cifar_resnet20_msar', 'cifar_densenet100_msar')
 
 
@@ -144,7 +144,8 @@ class Trainer:
     def __init__(self, scripts: Path, data: Path, output: Path):
         self.output = output
         self.command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node=2']
-        self.command += [scripts / 'train.py', '--config', CONFIG, '--data-dir', data, '--output', output]
+        self.command += [scripts / 'train.py', '--config', RECIPE, '--model', NETS[0], '--data-dir', data]
+        self.command += ['--output', output]
         self.command += ['--device', 'cpu', '--device-modules', 'timm_msar', 'ddp_on_cpu', '--workers', '0']
         # Not augmented: a resumed run seeds its generators anew and would draw other crops.
         self.command += ['--no-aug', '--log-interval', '1']

@@ -1,10 +1,11 @@
-"""timm's own, unmodified train.py trains, resumes and validates the networks from the files of train_configs/."""
+"""timm's own, unmodified train.py trains, resumes and validates the networks from the recipes of train_configs/."""
 
 import csv
 import json
 import logging
 import math
 import os
+import re
 import runpy
 import shutil
 import subprocess
@@ -12,12 +13,16 @@ import sys
 from pathlib import Path
 
 import pytest
+import timm
+import torch
 import yaml
 from PIL import Image, ImageOps
 
+pytestmark = pytest.mark.slow
+
 FOLDER = Path(__file__).parents[1] / 'train_configs'
-CONFIGS = sorted(path.stem for path in FOLDER.glob('*.yaml'))
 ENV = {**os.environ, 'OMP_NUM_THREADS': '1', 'MKL_NUM_THREADS': '1'}
+ON_CPU = ('--device', 'cpu', '--workers', 0)
 
 
 def run(*words, code=0) -> str:
@@ -34,16 +39,18 @@ def rows(folder: Path) -> list[dict]:
         return [row for row in csv.DictReader(file) if row['epoch'] != 'epoch']
 
 
-DIGITS = ('--batch-size', '16', '--lr', '0.05', '--device', 'cpu', '--workers', '0')
+@pytest.fixture(scope='module')
+def digits(timm_scripts, digits_folder) -> tuple:
+    """Arguments that train ResNet-20 with MS-SAR by the paper's recipe on digits, 20 times shorter."""
+    recipe = ('--config', FOLDER / 'cifar_resnet.yaml', '--model', 'cifar_resnet20_msar', '--data-dir', digits_folder)
+    short = ('--batch-size', 16, '--lr', 0.05, '--decay-milestones', 5, 7)
+    return (timm_scripts / 'train.py', *recipe, *short, *ON_CPU)
 
 
 @pytest.fixture(scope='module')
-def trained(timm_scripts, digits_folder, tmp_path_factory) -> Path:
-    """The folder of a run: ResNet-20 with MS-SAR by the paper's recipe, its 160 epochs and steps divided by 20."""
+def trained(digits, tmp_path_factory) -> Path:
     output = tmp_path_factory.mktemp('output')
-    config = FOLDER / 'cifar_resnet20_msar_cifar10.yaml'
-    command = [timm_scripts / 'train.py', '--config', config, '--data-dir', digits_folder, '--output', output, *DIGITS]
-    run(*command, '--experiment', 'digits', '--epochs', 8, '--decay-milestones', 5, 7)
+    run(*digits, '--epochs', 8, '--output', output, '--experiment', 'digits')
     return output / 'digits'
 
 
@@ -55,35 +62,8 @@ def test_learns_real_digits(trained):
     assert float(summary[-1]['eval_top1']) > 55  # guessing gives 25
 
 
-def test_validate_gives_the_same_accuracy(trained, timm_scripts, digits_folder, tmp_path):
-    results = tmp_path / 'results.json'
-    run(
-        *('-m', 'timm_msar.run', timm_scripts / 'validate.py', '--data-dir', digits_folder),
-        *('--model', 'cifar_resnet20_msar', '--num-classes', 10, '--checkpoint', trained / 'last.pth.tar'),
-        *('--crop-pct', 0.8, '--interpolation', 'bilinear', '--device', 'cpu', '--workers', 0, '--batch-size', 16),
-        *('--mean', 0.4914, 0.4822, 0.4465, '--std', 0.2470, 0.2435, 0.2616, '--results-file', results),
-        *('--results-format', 'json'),
-    )
-    result = json.loads(results.read_text())
-    result = result[0] if isinstance(result, list) else result
-    last = rows(trained)[-1]
-    assert result['top1'] == pytest.approx(float(last['eval_top1']), abs=1e-3)
-    assert result['top5'] == pytest.approx(float(last['eval_top5']), abs=1e-3)
-
-
-def test_resume_goes_on_from_the_checkpoint(trained, timm_scripts, digits_folder, tmp_path):
-    config = FOLDER / 'cifar_resnet20_msar_cifar10.yaml'
-    command = [
-        timm_scripts / 'train.py',
-        '--config',
-        config,
-        '--data-dir',
-        digits_folder,
-        '--output',
-        tmp_path,
-        *DIGITS,
-    ]
-    command += ['--experiment', 'on', '--epochs', 9, '--decay-milestones', 5, 7]
+def test_resume_goes_on_from_the_checkpoint(trained, digits, tmp_path):
+    command = (*digits, '--epochs', 9, '--output', tmp_path, '--experiment', 'on')
     log = run(*command, '--resume', trained / 'last.pth.tar')
     assert 'Restoring optimizer state' in log
     summary = rows(tmp_path / 'on')
@@ -93,60 +73,113 @@ def test_resume_goes_on_from_the_checkpoint(trained, timm_scripts, digits_folder
     assert float(summary[0]['eval_top1']) == pytest.approx(float(rows(trained)[-1]['eval_top1']), abs=15)
 
 
-def test_unknown_model_and_unknown_scales_stop_before_training(timm_scripts, digits_folder, tmp_path):
-    config = yaml.safe_load((FOLDER / 'cifar_resnet20_msar_cifar10.yaml').read_text())
+def assert_validate_agrees(train_folder: Path, script: Path, *arguments) -> None:
+    """validate.py finds the accuracy of the last epoch to its last digit, and the loss, which constants move."""
+    checkpoint = ('--checkpoint', train_folder / 'last.pth.tar')
+    log = run('-m', 'timm_msar.run', script, *arguments, *checkpoint, *ON_CPU)
+    result = json.loads(log.rpartition('--result\n')[2])
+    last = rows(train_folder)[-1]
+    assert result['top1'] == round(float(last['eval_top1']), 4)
+    assert result['top5'] == round(float(last['eval_top5']), 4)
+    loss = re.findall(r'Loss: +[\d.]+ \(([\d.]+)\)', log)[-1]
+    assert float(loss) == pytest.approx(float(last['eval_loss']), abs=2e-4)
+
+
+def test_validate_without_options_gives_the_same_accuracy(trained, timm_scripts, digits_folder):
+    arguments = ('--model', 'cifar_resnet20_msar', '--data-dir', digits_folder)
+    assert_validate_agrees(trained, timm_scripts / 'validate.py', *arguments)
+
+
+@pytest.mark.parametrize(
+    ('model', 'options'),
+    [
+        ('resnet18_msar.warm_tv_in1k', []),
+        ('resnet34_msar.warm_ra4_e3600_r224_in1k', ['--use-train-size']),  # which has a larger size for testing
+    ],
+)
+def test_validate_gives_the_same_accuracy_of_an_imagenet_network(model, options, timm_scripts, digits_folder, tmp_path):
+    """With the constants, the crop and the interpolation of the warm start, at 224 px, after eight updates."""
+    data = tmp_path / 'data'
+    for split, number in (('train', 8), ('validation', 4)):
+        for folder in (digits_folder / split).iterdir():
+            (data / split / folder.name).mkdir(parents=True)
+            for file in sorted(folder.iterdir())[:number]:
+                shutil.copy(file, data / split / folder.name)
+    arguments = ('--model', model, '--data-dir', data)
+    train = ('--config', FOLDER / 'in1k.yaml', *arguments, '--batch-size', 4, '--lr', 0.02, '--epochs', 1, *ON_CPU)
+    run(timm_scripts / 'train.py', *train, '--output', tmp_path, '--experiment', 'run')
+    assert_validate_agrees(tmp_path / 'run', timm_scripts / 'validate.py', *arguments, *options)
+
+
+def test_a_wrong_network_scale_or_plugin_stops_before_training(timm_scripts, digits, tmp_path):
     for wrong, message in (
-        ({'model': 'cifar_resnet20_mssar'}, 'Unknown model (cifar_resnet20_mssar)'),
-        ({'model_kwargs': {'scales': []}}, 'scales'),
-        ({'device_modules': ['timm_mssar']}, "No module named 'timm_mssar'"),
+        (['--model', 'cifar_resnet20_mssar'], 'Unknown model (cifar_resnet20_mssar)'),
+        (['--model-kwargs', 'scales=[]'], 'scales'),
+        (['--device-modules', 'timm_mssar'], "No module named 'timm_mssar'"),
     ):
-        file = tmp_path / 'wrong.yaml'
-        file.write_text(yaml.safe_dump({**config, **wrong}))
-        log = run(timm_scripts / 'train.py', '--config', file, '--data-dir', digits_folder, *DIGITS, code=1)
+        log = run(*digits, *wrong, '--output', tmp_path, code=1)
         assert message in log.splitlines()[-1]
         assert 'Train:' not in log
 
 
 @pytest.fixture(scope='module')
-def two_photos(tmp_path_factory):
-    """A function that returns a folder of two classes with one photograph each, in ImageNet's layout or CIFAR's."""
-    photos = pytest.importorskip('sklearn.datasets').load_sample_images().images
-
-    def folder(imagenet: bool) -> Path:
-        root = tmp_path_factory.getbasetemp() / ('photos' if imagenet else 'padded')
-        for split in ('train', 'val'):
-            for name, photo in zip(('n01', 'n02'), photos, strict=True):
-                image = Image.fromarray(photo[:400, :500])
-                if not imagenet:
-                    image = ImageOps.expand(image.resize((32, 32)), 4)
-                file = root / split / name / ('0.JPEG' if imagenet else '0.png')
-                file.parent.mkdir(parents=True, exist_ok=True)
+def photos(tmp_path_factory) -> dict[str, Path]:
+    """Two classes with one photograph each, in ImageNet's layout and in that of `timm-msar data`."""
+    images = pytest.importorskip('sklearn.datasets').load_sample_images().images
+    root = tmp_path_factory.mktemp('photos')
+    for split in ('train', 'val'):
+        for name, pixels in zip(('n01', 'n02'), images, strict=True):
+            photo = Image.fromarray(pixels[:400, :500])
+            small = photo.resize((32, 32))
+            small = ImageOps.expand(small, 4) if split == 'train' else small
+            for layout, image in (('imagenet', photo), ('cifar', small)):
+                file = root / layout / split / name / '0.png'
+                file.parent.mkdir(parents=True)
                 image.save(file)
-        return root
-
-    return folder
+    return {layout: root / layout for layout in ('imagenet', 'cifar')}
 
 
-@pytest.mark.parametrize('name', CONFIGS)
-def test_every_config_starts(name, timm_scripts, two_photos, tmp_path, monkeypatch):
-    """One update, one validation and one checkpoint, in this process: the rest is left to the file."""
-    imagenet = 'in1k' in name
-    arguments = ['--config', FOLDER / f'{name}.yaml', '--data-dir', two_photos(imagenet), '--batch-size', 2]
-    arguments += ['--device', 'cpu', '--workers', 0, '--epochs', 1, '--output', tmp_path, '--experiment', 'start']
-    if imagenet:
-        arguments += ['--input-size', 3, 64, 64, '--warmup-epochs', 0]
-    elif 'densenet' in name:
-        arguments += ['--input-size', 3, 16, 16]
-    if name.endswith('_a2'):
-        arguments += ['--aug-repeats', 0]
+@pytest.fixture(scope='module')
+def plain_weights(tmp_path_factory) -> Path:
+    """Weights of a plain ResNet-18 on disk, for a warm start without a network."""
+    path = tmp_path_factory.mktemp('weights') / 'resnet18.pth'
+    torch.manual_seed(0)
+    torch.save(timm.create_model('resnet18').state_dict(), path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ('recipe', 'model', 'options'),
+    [
+        ('cifar_resnet', 'cifar_resnet20', []),
+        ('cifar_resnet', 'cifar_resnet56_msar', ['--model-kwargs', 'scales=[1,4]']),
+        ('cifar_resnet', 'cifar_resnet20_msar', ['--model-kwargs', 'strategy=sliding', '--num-classes', 100]),
+        ('cifar_densenet', 'cifar_densenet100', ['--img-size', 16]),
+        ('cifar_densenet', 'cifar_densenet100_msar', ['--img-size', 16, '--model-kwargs', 'multi_level=False']),
+        ('in1k', 'resnet18', ['--img-size', 64]),
+        ('in1k', 'resnet18_msar', ['--img-size', 64, '--model-kwargs', 'scales=[1]']),
+        ('in1k', 'resnext50_msar', ['--img-size', 64]),
+        ('in1k_a2', 'resnext50_msar', ['--img-size', 64, '--warmup-epochs', 0, '--aug-repeats', 0]),
+        ('finetune', 'resnet18_msar', ['--img-size', 64, '--warmup-epochs', 0, '--num-classes', 3]),
+    ],
+)
+def test_recipe_starts(recipe, model, options, timm_scripts, photos, plain_weights, tmp_path, monkeypatch, capfd):
+    """One update, one validation and one checkpoint, in this process: the rest is left to the recipe."""
+    data = photos['cifar' if recipe.startswith('cifar') else 'imagenet']
+    arguments = ['--config', FOLDER / f'{recipe}.yaml', '--model', model, '--data-dir', data, '--batch-size', 2]
+    arguments += [*ON_CPU, '--epochs', 1, '--output', tmp_path, '--experiment', 'start', *options]
+    arguments += ['--pretrained-path', plain_weights] if recipe == 'finetune' else []
     monkeypatch.setattr(sys, 'argv', ['train.py', *map(str, arguments)])
     monkeypatch.setattr(logging.getLogger(), 'handlers', [])  # train.py adds one each time
     runpy.run_path(str(timm_scripts / 'train.py'), run_name='__main__')
-    classes = yaml.safe_load((FOLDER / f'{name}.yaml').read_text())['num_classes']
+    size = options[options.index('--img-size') + 1] if '--img-size' in options else 32
+    assert f'input_size: (3, {size}, {size})' in capfd.readouterr().err
     loss = float(rows(tmp_path / 'start')[0]['train_loss'])
-    if name.endswith('_a2'):  # binary cross-entropy, the mean over the classes
+    if recipe == 'in1k_a2':  # binary cross-entropy, the mean over the classes
         assert 0.3 < loss < 1.5
     else:
+        classes = yaml.safe_load((tmp_path / 'start' / 'args.yaml').read_text())['num_classes']
+        classes = classes or timm.create_model(model, device='meta').num_classes
         assert math.log(classes) / 2 < loss < math.log(classes) * 2
     assert (tmp_path / 'start' / 'last.pth.tar').is_file()
-    shutil.rmtree(tmp_path / 'start')  # 46 checkpoints are some gigabytes
+    shutil.rmtree(tmp_path / 'start')  # some hundred megabytes

@@ -1,4 +1,4 @@
-"""The files of train_configs/ say what the paper says, in words that timm's train.py knows."""
+"""The recipes of train_configs/ say what the paper says, and the commands of its README are train.py's."""
 
 import copy
 import re
@@ -16,93 +16,49 @@ import yaml
 from PIL import Image
 
 import timm_msar
-from timm_msar.cli.check_config import unknown
+from timm_msar import cli
 
 FOLDER = Path(__file__).parents[1] / 'train_configs'
-CONFIGS = {path.stem: yaml.safe_load(path.read_text()) for path in sorted(FOLDER.glob('*.yaml'))}
-PAPER = {name: config for name, config in CONFIGS.items() if not name.endswith('_a2')}
+README = (FOLDER / 'README.md').read_text(encoding='utf-8')
+RECIPES = {path.stem: yaml.safe_load(path.read_text(encoding='utf-8')) for path in sorted(FOLDER.glob('*.yaml'))}
 
 
-def create(config, **kwargs):
-    return timm.create_model(
-        config['model'],
-        num_classes=config['num_classes'],
-        drop_path_rate=config.get('drop_path'),
-        **config.get('model_kwargs', {}),
-        **kwargs,
-    )
-
-
-def test_every_row_has_a_file():
-    rows = [f'{net}_in1k' for net in ('resnet18', 'resnet34', 'resnext50_32x4d')]
-    rows += [f'{net}_{variant}_in1k' for net in ('resnet18', 'resnet34', 'resnext50') for variant in ('se', 'msar')]
-    nets = {
-        'cifar10': ('resnet20', 'resnet32', 'resnet56', 'densenet100', 'densenet190'),
-        'cifar100': ('resnet20', 'resnet32', 'resnet56', 'densenet100', 'densenet190'),
-        'fashion_mnist': ('resnet20', 'resnet56'),
-    }
-    for dataset in nets:
-        rows += [f'cifar_{net}{variant}_{dataset}' for net in nets[dataset] for variant in ('', '_se', '_msar')]
-    assert sorted(CONFIGS) == sorted([*rows, 'resnext50_msar_in1k_a2'])
-
-
-@pytest.mark.parametrize('name', CONFIGS)
-def test_model_is_the_one_in_the_name(name):
-    config = CONFIGS[name]
-    model = create(config, device='meta')
-    gates = [m for m in model.modules() if isinstance(m, timm_msar.MultiScaleRecalibration)]
-    if '_msar_' in name or '_se_' in name:
-        assert config['model'] == name[: re.search('_(se|msar)_', name).start()] + '_msar'
-        assert gates
-        assert all(tuple(gate.scales) == ((1,) if '_se_' in name else (1, 2, 4)) for gate in gates)
-    else:
-        assert name.startswith(config['model'] + '_')
-        assert not gates
-    assert model.num_classes == (1000 if 'in1k' in name else 100 if 'cifar100' in name else 10)
-    assert config['device_modules'] == ['timm_msar']
-
-
-def test_files_of_one_recipe_differ_only_in_model_and_data():
-    own = {'model', 'model_kwargs', 'num_classes', 'mean', 'std'}
-    for recipe in ('cifar_resnet', 'cifar_densenet', 'resne'):
-        same = [{k: v for k, v in c.items() if k not in own} for n, c in PAPER.items() if n.startswith(recipe)]
-        assert len(same) >= 9
-        assert all(other == same[0] for other in same)
-    constants = {(n.split('_')[-1], str(c['mean']), str(c['std']), c['num_classes']) for n, c in PAPER.items()}
-    assert len(constants) == 4
+def test_recipes_leave_network_and_images_to_the_command_line_and_the_network():
+    assert list(RECIPES) == ['cifar_densenet', 'cifar_resnet', 'finetune', 'in1k', 'in1k_a2']
+    others = {'model', 'model_kwargs', 'num_classes', 'input_size', 'img_size', 'mean', 'std', 'crop_pct'}
+    for recipe in RECIPES.values():
+        assert recipe['device_modules'] == ['timm_msar']
+        assert not others & recipe.keys() and 'interpolation' not in recipe
 
 
 @pytest.mark.parametrize(
-    ('name', 'lr', 'phases', 'batch'),
+    ('name', 'model', 'lr', 'phases', 'batch'),
     [
-        ('cifar_resnet20_msar_cifar10', 0.1, (80, 40, 40), 128),
-        ('cifar_densenet100_msar_cifar10', 0.1, (150, 75, 75), 64),
-        ('resnet18_msar_in1k', 0.6, (30, 30, 30, 10), 1024 // 8),
+        ('cifar_resnet', 'cifar_resnet20_msar', 0.1, (80, 40, 40), 128),
+        ('cifar_densenet', 'cifar_densenet100_msar', 0.1, (150, 75, 75), 64),
+        ('in1k', 'resnet18_msar', 0.6, (30, 30, 30, 10), 1024 // 8),
     ],
 )
-def test_learning_rate_and_optimizer_are_the_papers(name, lr, phases, batch):
-    """The rate in force in every epoch, and the decay of every weight, as train.py sets them up from the file.
-
-    One file of each recipe: the test above shows that the others are the same.
-    """
-    config = PAPER[name]
+def test_learning_rate_and_optimizer_are_the_papers(name, model, lr, phases, batch):
+    """The rate in force in every epoch, and the decay of every weight, as train.py sets them up from the file."""
+    recipe = RECIPES[name]
     optimizer = timm.optim.create_optimizer_v2(
-        create(config, device='meta'),
-        opt=config['opt'],
-        lr=config['lr'],
-        weight_decay=config['weight_decay'],
-        momentum=config['momentum'],
-        **config['opt_kwargs'],
+        timm.create_model(model, device='meta'),
+        opt=recipe['opt'],
+        lr=recipe['lr'],
+        weight_decay=recipe['weight_decay'],
+        momentum=recipe['momentum'],
+        **recipe['opt_kwargs'],
     )
     for group in optimizer.param_groups:
         assert (group['weight_decay'], group['momentum'], group['nesterov']) == (0.0001, 0.9, True)
     scheduler, epochs = timm.scheduler.create_scheduler_v2(
         optimizer,
-        sched=config['sched'],
-        num_epochs=config['epochs'],
-        decay_milestones=config['decay_milestones'],
-        decay_rate=config['decay_rate'],
-        warmup_epochs=config['warmup_epochs'],
+        sched=recipe['sched'],
+        num_epochs=recipe['epochs'],
+        decay_milestones=recipe['decay_milestones'],
+        decay_rate=recipe['decay_rate'],
+        warmup_epochs=recipe['warmup_epochs'],
     )
     rates = []
     for epoch in range(epochs):
@@ -110,29 +66,33 @@ def test_learning_rate_and_optimizer_are_the_papers(name, lr, phases, batch):
         rates.append(optimizer.param_groups[0]['lr'])
     expected = [lr / 10**phase for phase, length in enumerate(phases) for _ in range(length)]
     assert rates == pytest.approx(expected)
-    assert config['batch_size'] == batch
-    assert config['smoothing'] == 0  # timm's default is 0.1
+    assert recipe['batch_size'] == batch
+    assert recipe['smoothing'] == 0  # timm's default is 0.1
 
 
-@pytest.mark.parametrize('name', ['cifar_resnet20_msar_cifar10'])
+@pytest.mark.parametrize('name', ['cifar_resnet', 'cifar_densenet'])
 def test_cifar_augmentation_pixel_by_pixel(name):
-    """On images stored padded to 40x40: each of the 81 crops, mirrored or not; in testing the image itself."""
-    config = CONFIGS[name]
+    """Training images stored padded to 40×40: each of the 81 crops, mirrored or not. A test image is itself."""
+    recipe = RECIPES[name]
+    model = timm.create_model('cifar_resnet56_msar', device='meta')
+    own = timm.data.resolve_data_config(recipe, model=model)
     image = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
-    padded = np.pad(image, ((4, 4), (4, 4), (0, 0)))
-    common = {'input_size': tuple(config['input_size']), 'normalize': False}
-    train = timm.data.create_transform(
-        **common,
-        is_training=True,
-        scale=config['scale'],
-        ratio=config['ratio'],
-        hflip=config['hflip'],
-        color_jitter=config['color_jitter'],
-        interpolation=config['train_interpolation'],
+    test = timm.data.create_transform(
+        own['input_size'], crop_pct=own['crop_pct'], interpolation=own['interpolation'], normalize=False
     )
-    test = timm.data.create_transform(**common, crop_pct=config['crop_pct'], interpolation=config['interpolation'])
-    assert (test(Image.fromarray(padded)).permute(1, 2, 0).numpy() == image).all()
+    assert (test(Image.fromarray(image)).permute(1, 2, 0).numpy() == image).all()
 
+    train = timm.data.create_transform(
+        own['input_size'],
+        normalize=False,
+        is_training=True,
+        scale=recipe['scale'],
+        ratio=recipe['ratio'],
+        hflip=recipe['hflip'],
+        color_jitter=recipe['color_jitter'],
+        interpolation=recipe['train_interpolation'],
+    )
+    padded = np.pad(image, ((4, 4), (4, 4), (0, 0)))
     crops = {}
     for y in range(9):
         for x in range(9):
@@ -143,63 +103,81 @@ def test_cifar_augmentation_pixel_by_pixel(name):
     assert seen == set(crops.values())
 
 
-def test_fashion_mnist_constants():
-    """Mean and deviation of the 60,000 training images, padded with zeros from 28 to 32 pixels."""
-    folder = Path('/usr/share/datasets/fashion-mnist')
-    if not folder.is_dir():
-        pytest.skip('needs the files of the Debian package dataset-fashion-mnist')
-    import gzip
+def table_commands() -> list[str]:
+    """What the README's tables stand for: each command with OPTIONS, and each row of the table below it."""
+    commands = []
+    for block, table in re.findall(r'```bash\n([^`]* OPTIONS\n[^`]*)```\n\n((?:\|.*\n)+)', README):
+        rows = re.findall(r'^\| `(.+?)` \|', table, re.MULTILINE)
+        commands += [line.replace('OPTIONS', row) for line in block.splitlines() for row in rows]
+    return commands
 
-    with gzip.open(folder / 'train-images-idx3-ubyte.gz') as file:
-        pixels = np.frombuffer(file.read(), np.uint8, offset=16).reshape(-1, 28, 28)
-    pixels = np.pad(pixels, ((0, 0), (2, 2), (2, 2))) / np.float32(255)
-    config = CONFIGS['cifar_resnet20_msar_fashion_mnist']
-    assert config['mean'] == [round(float(pixels.mean(dtype=np.float64)), 4)] * 3
-    assert config['std'] == [round(float(pixels.std(dtype=np.float64)), 4)] * 3
+
+def other_commands() -> list[str]:
+    lines = README.replace('\\\n', ' ').splitlines()
+    return [line for line in lines if ' train.py --config ' in line and not line.endswith(' OPTIONS')]
 
 
 @pytest.fixture(scope='module')
-def train_parser(timm_scripts):
-    return runpy.run_path(str(timm_scripts / 'train.py'))['parser']
+def parse(timm_scripts):
+    """A function that parses a command as train.py does it, its recipe first."""
+    train_parser = runpy.run_path(str(timm_scripts / 'train.py'))['parser']
+
+    def parse(command: str):
+        words = shlex.split(command.partition(' train.py ')[2], comments=True)
+        assert words[0] == '--config'
+        parser = copy.deepcopy(train_parser)
+        parser.set_defaults(**RECIPES[Path(words[1]).stem])
+        return Path(words[1]).stem, parser.parse_args(words[2:])
+
+    return parse
 
 
-@pytest.mark.parametrize('name', CONFIGS)
-def test_keys_and_types_are_those_of_train_py(name, train_parser):
-    assert unknown(CONFIGS[name], train_parser) == []
+def create(args):
+    kwargs = dict(drop_path_rate=args.drop_path, global_pool=args.gp, **args.model_kwargs)
+    return timm.create_model(args.model, num_classes=args.num_classes, device='meta', **kwargs)
 
 
-def test_wrong_keys_and_types_are_found(train_parser):
-    wrong = {'lerning_rate': 0.1, 'lr': 'fast', 'epochs': 1.5, 'amp': 1, 'model_kwargs': 'scales=[1]', 'mean': 0.5}
-    assert unknown(wrong, train_parser) == list(wrong)
-    assert unknown({'weight-decay': 0.1, 'input_size': [32, 32], 'train_size_schedule': 'none'}, train_parser) == [
-        'weight-decay',
-        'input_size',
-        'train_size_schedule',
-    ]
+def test_the_tables_have_every_row_of_the_paper(parse):
+    """Tables 2, 3 and 5 and Section 4.2: the recipe, the network with its gates, and the classes of every row."""
+    scales = [(1,), (2,), (4,), (1, 2), (1, 4), (2, 4)]
+    rows = {'cifar_resnet': [], 'cifar_densenet': [], 'in1k': []}
+    for depth in (20, 32, 56):
+        rows['cifar_resnet'] += [(f'cifar_resnet{depth}',), (f'cifar_resnet{depth}_msar', (1, 2, 4))]
+    for depth in (100, 190):
+        rows['cifar_densenet'] += [(f'cifar_densenet{depth}',), (f'cifar_densenet{depth}_msar', (1, 2, 4))]
+    for name, recipe in (('cifar_resnet56_msar', 'cifar_resnet'), ('cifar_densenet100_msar', 'cifar_densenet')):
+        rows[recipe] += [(name, scale) for scale in scales]
+        rows[recipe].append((name, (1, 2, 4), 'sliding'))
+    rows['cifar_densenet'].append(('cifar_densenet100_msar', (1, 2, 4), 'single-level'))
+    for plain, name in (('resnet18',) * 2, ('resnet34',) * 2, ('resnext50_32x4d', 'resnext50')):
+        rows['in1k'] += [(plain,), (f'{name}_msar', (1,)), (f'{name}_msar', (1, 2, 4))]
+    expected = [(recipe, 100, *row) for recipe in ('cifar_resnet', 'cifar_densenet') for row in rows[recipe]]
+    expected += [(recipe, None, *row) for recipe in rows for row in rows[recipe]]
+
+    found = []
+    for command in table_commands():
+        recipe, args = parse(command)
+        assert ('cifar100' in args.data_dir) == (args.num_classes == 100)
+        row = (recipe, args.num_classes, args.model)
+        model = create(args)
+        gates = [m for m in model.modules() if isinstance(m, timm_msar.MultiScaleRecalibration)]
+        if gates:
+            row += (tuple(gates[0].scales),)
+            row += ('sliding',) if gates[0].strategy == 'sliding' else ()
+            row += ('single-level',) if args.model_kwargs.get('multi_level') is False else ()
+        assert bool(gates) == ('_msar' in args.model)
+        found.append(row)
+    assert sorted(map(str, found)) == sorted(map(str, expected))
 
 
-def test_a_number_without_a_point_is_a_string_that_train_py_converts(train_parser):
-    config = yaml.safe_load('lr: 1e-3')
-    assert config == {'lr': '1e-3'} and unknown(config, train_parser) == []
-    parser = copy.deepcopy(train_parser)
-    parser.set_defaults(**config)  # as train.py does it
-    assert parser.parse_args([]).lr == 0.001
+def test_other_commands_of_the_readme_are_understood(parse):
+    commands = other_commands()
+    recipes = {recipe for recipe, args in map(parse, commands) if create(args)}
+    assert recipes == set(RECIPES) - {'cifar_densenet'} and len(commands) >= 10
+    # They replace the whole entry of the file, as the files say.
+    assert parse('python train.py --config in1k.yaml --opt-kwargs fused=True')[1].opt_kwargs == {'fused': True}
 
 
-def test_commands_of_the_readme_are_understood(train_parser):
-    """Every train.py line of train_configs/README.md parses, and its model builds with its arguments."""
-    readme = (FOLDER / 'README.md').read_text()
-    commands = re.findall(r'^(?:python|torchrun).* train\.py (.*)$', readme, re.MULTILINE)
-    assert len(commands) >= 15
-    kwargs = []
-    for command in commands:
-        words = shlex.split(command, comments=True)
-        config = CONFIGS[Path(words[words.index('--config') + 1]).stem]
-        del words[words.index('--config') : words.index('--config') + 2]
-        args = train_parser.parse_args(words)
-        if args.model_kwargs:
-            config = {**config, 'model_kwargs': args.model_kwargs}
-            kwargs.append(args.model_kwargs)
-        create(config, device='meta')
-    assert [1, 4] in [k.get('scales') for k in kwargs]
-    assert 0.375 in [k.get('rd_ratio') for k in kwargs]
+def test_check_config_takes_every_recipe(timm_scripts, capsys):
+    assert cli.main(['check-config', str(timm_scripts / 'train.py'), *map(str, sorted(FOLDER.glob('*.yaml')))]) == 0
+    assert capsys.readouterr().out.count('takes every key') == len(RECIPES)

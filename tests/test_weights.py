@@ -10,7 +10,6 @@ import pytest
 import timm
 import torch
 from PIL import Image
-from safetensors import safe_open
 
 from timm_msar.cli.model_card import card_folder
 
@@ -19,11 +18,11 @@ SHIPPED = [tag for tag in timm.list_pretrained('cifar_*') if timm.get_pretrained
 
 
 def first_500(model: torch.nn.Module) -> torch.Tensor:
-    """The first 500 test images, 28×28, padded to 40×40 as `timm-msar data` stores them, through timm's transform."""
+    """The first 500 test images, 28×28, padded to 32×32 as `timm-msar data` stores them, through timm's transform."""
     transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model), is_training=False)
     sheet = np.asarray(Image.open(IMAGES / 'first_500_test_images.png'))
     images = sheet.reshape(20, 28, 25, 28).swapaxes(1, 2).reshape(500, 28, 28)
-    return torch.stack([transform(Image.fromarray(np.pad(image, 6)).convert('RGB')) for image in images])
+    return torch.stack([transform(Image.fromarray(np.pad(image, 2)).convert('RGB')) for image in images])
 
 
 def test_the_networks_for_fashion_mnist_have_weights():
@@ -51,14 +50,6 @@ def test_they_classify_real_images_as_the_card_says(tag, monkeypatch):
     # The slice is a sample of the whole test set: within three standard deviations.
     p = accuracy / 100
     assert abs(right / 500 - p) < 3 * math.sqrt(p * (1 - p) / 500)
-
-
-@pytest.mark.parametrize('tag', SHIPPED)
-def test_the_files_hold_the_weights_and_no_more(tag):
-    with safe_open(timm.get_pretrained_cfg(tag).file, 'pt') as file:
-        held = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118  not a dict
-    model = timm.create_model(tag)
-    assert held == {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
 def test_the_gates_have_learned():
