@@ -13,14 +13,13 @@ from pathlib import Path
 
 import pytest
 import timm
-from hub_server import Hub
 from huggingface_hub import ModelCard
 from PIL import Image
 from trained_run import CLASSES, make_run
 
 from timm_msar.cli import export
-from timm_msar.cli.costs import count
-from timm_msar.cli.model_card import IMAGE_URL, card_folder
+from timm_msar.cli.model_card import IMAGE_URL, card_folder, model_card
+from timm_msar.cli.multiply_adds import multiply_adds
 from timm_msar.cli.training_data import training_data
 
 CARDS = sorted(path for path in card_folder().glob('*.md') if path.name not in ('template.md', 'README.md'))
@@ -118,7 +117,7 @@ def check_card(path: Path) -> ModelCard:
         assert re.fullmatch(r'[\w.-]+/[\w.-]+', dataset)
     assert re.findall(r'^## (.*)$', card.text, re.MULTILINE) == SECTIONS
     assert re.findall(r'^### (.*)$', card.text, re.MULTILINE) == USES
-    for fact in ('Params \\(M\\)', 'GMACs', 'Activations \\(M\\)'):
+    for fact in ('Params \\(M\\)', 'GMACs'):
         assert re.search(rf'{fact}: [\d.]+$', card.text, re.MULTILINE)
     assert '$' not in card.text
     for code in blocks(card.content):
@@ -129,14 +128,17 @@ def check_card(path: Path) -> ModelCard:
 def test_the_card_of_an_export_tells_what_was_measured(exported):
     card = check_card(exported / 'README.md')
     assert card.data.datasets == ['zalando-datasets/fashion_mnist']
-    names = [(result.dataset_type, result.dataset_split, result.metric_name) for result in card.data.eval_results]
-    assert names == [('zalando-datasets/fashion_mnist', 'test', f'Top-{k} accuracy') for k in (1, 5)]
+    measured = {result.metric_type: result.metric_name for result in card.data.eval_results}
+    assert measured == {'accuracy': 'Top-1 accuracy', 'top_5_accuracy': 'Top-5 accuracy'}
+    sets = {(result.dataset_type, result.dataset_split) for result in card.data.eval_results}
+    assert sets == {('zalando-datasets/fashion_mnist', 'test')}
     assert 'after 2 of 2 epochs, optimizer sgd, learning rate 0.05' in card.text
 
-    params, macs, activations = count(timm.create_model('cifar_resnet20_msar', num_classes=3), (3, 32, 32))
+    model = timm.create_model('cifar_resnet20_msar', num_classes=3)
+    params, macs = sum(p.numel() for p in model.parameters()), multiply_adds(model, (3, 32, 32))
     for fact, value in (('Params (M)', f'{params / 1e6:.2f}'), ('GMACs', f'{macs / 1e9:.3f}')):
         assert f'{fact}: {value}\n' in card.text
-    assert f'Activations (M): {activations / 1e6:.2f}\n' in card.text and 'Image size: 32 x 32\n' in card.text
+    assert 'Image size: 32 x 32\n' in card.text
 
 
 def test_every_block_of_an_exported_card_runs_and_prints_what_it_says(exported, pictures):
@@ -156,8 +158,9 @@ def test_without_the_import_timm_does_not_know_the_network(exported, pictures):
         run_blocks([code], pictures, cwd=exported.parent)
 
 
-def test_every_pretrained_tag_has_a_card():
-    assert [path.stem for path in CARDS] == sorted({*timm.list_pretrained('*msar*'), *timm.list_pretrained('cifar_*')})
+def test_every_file_of_weights_has_a_card():
+    tags = {*timm.list_pretrained('*msar*'), *timm.list_pretrained('cifar_*')}
+    assert [path.stem for path in CARDS] == sorted(tag for tag in tags if timm.get_pretrained_cfg(tag).file)
 
 
 @pytest.mark.parametrize('path', CARDS, ids=[path.stem for path in CARDS])
@@ -167,37 +170,39 @@ def test_the_cards_of_the_published_weights_are_valid(path):
     assert f"'{path.stem}'" in card.text
     assert card.data.datasets
     assert f'network {"with" if "msar" in path.stem else "without"} Multi-Scale' in card.text
-    source = timm.get_pretrained_cfg(path.stem).hf_hub_id
-    assert card.data.base_model == source
-    if source:  # a warm start claims no results of its own, and names those of its source
-        assert not card.data.eval_results
-        assert f'| {source.partition("/")[2]} |' in card.text
-    else:  # trained here: what was measured, and how to train it again
-        top1, top5 = (result.metric_value for result in card.data.eval_results)
-        assert f'| {path.stem} | {100 * top1:.2f} | {100 * top5:.2f} |' in card.text
-        (commands,) = re.findall(r'^```bash\n(.*?)^```$', card.text, re.DOTALL | re.MULTILINE)
-        config = re.search(r'--config (\S+)', commands)[1]
-        assert (card_folder().parent / config).is_file()
-        assert f'--output {path.stem}' in commands
+    top1, top5 = (result.metric_value for result in card.data.eval_results)
+    assert f'| {path.stem} | {100 * top1:.2f} | {100 * top5:.2f} |' in card.text
+    (commands,) = re.findall(r'^```bash\n(.*?)^```$', card.text, re.DOTALL | re.MULTILINE)
+    config = re.search(r'--config (\S+)', commands)[1]
+    assert (card_folder().parent / config).is_file()
+    assert f'--output {path.stem}' in commands
 
 
 def test_every_block_of_the_published_cards_runs(pictures, tmp_path):
-    """Weights in the package come from there; those of other repositories from a Hub here, with random numbers."""
-    with Hub(tmp_path / 'hub') as hub:
-        sources = {timm.get_pretrained_cfg(path.stem).hf_hub_id for path in CARDS}
-        for source in sorted(filter(None, sources)):
-            folder = tmp_path / source
-            timm.models.save_for_hf(timm.create_model(source.partition('/')[2]), folder, safe_serialization=True)
-            hub.put_folder(source, folder)
-        codes = [code for path in CARDS for code in blocks(path.read_text(encoding='utf-8'))]
-        assert len(codes) == 3 * len(CARDS)
-        environment = {**hub.env(None, tmp_path / 'cache'), 'HF_HUB_OFFLINE': '0'}
-        outputs = run_blocks(codes, pictures, cwd=tmp_path, **environment)
+    codes = [code for path in CARDS for code in blocks(path.read_text(encoding='utf-8'))]
+    assert len(codes) == 3 * len(CARDS)
+    outputs = run_blocks(codes, pictures, cwd=tmp_path)
     for path, output, code in zip(CARDS, outputs[1::3], codes[1::3], strict=True):
         assert output.splitlines() == re.findall(r'^    #  (torch.Size\(.*\))$', code, re.MULTILINE), path
 
 
-def test_data_sets_are_known_by_what_they_hold_not_by_their_names(tmp_path):
+def test_names_of_classes_and_folders_stand_in_the_card_as_they_are(tmp_path):
+    names = ('a\nb', '*bold* <b>', '[x](y) | `z` \\')
+    for name in names:
+        (tmp_path / 'my\n# data' / 'train' / name.replace('/', '')).mkdir(parents=True)
+        (tmp_path / 'my\n# data' / 'train' / name.replace('/', '') / 'a.png').touch()
+    data = training_data({'data_dir': str(tmp_path / 'my\n# data')}, 3)
+    assert set(data.classes) == set(names)
+    card = model_card('cifar_resnet20', "local-dir:it's", data, {'top1': 50.0}, 'Told.')
+    assert r'- **Dataset:** my \# data' + '\n' in card and 'split of my \\# data.\n' in card
+    for name in ('a b', r'\*bold\* \<b\>', r'\[x\](y) \| \`z\` \\'):
+        assert name in card
+    assert re.findall(r'^# .*', card, re.MULTILINE)[0] == "# Model card for it's"
+    for code in blocks(card):
+        compile(code, 'card', 'exec')
+
+
+def test_data_sets_are_known_by_what_they_hold_not_by_their_names(tmp_path, monkeypatch):
     def folder(name, classes, facts=None):
         for label in classes:
             (tmp_path / name / 'train' / label).mkdir(parents=True)
@@ -217,9 +222,12 @@ def test_data_sets_are_known_by_what_they_hold_not_by_their_names(tmp_path):
     assert prepared.classes == CLASSES
 
     synsets = timm.data.ImageNetInfo().label_names()
-    assert training_data(folder('ilsvrc', synsets), 1000).hub_id == 'ILSVRC/imagenet-1k'
+    assert training_data(folder('ilsvrc', synsets), 1000)[:2] == ('ilsvrc', None)  # an excerpt of it
+    monkeypatch.setattr('timm_msar.cli.training_data.IMAGENET_IMAGES', 1000)
+    assert training_data({'data_dir': str(tmp_path / 'ilsvrc')}, 1000).hub_id == 'ILSVRC/imagenet-1k'
     assert training_data({'dataset': 'hfds/timm/mini-imagenet'}, 100).hub_id == 'timm/mini-imagenet'
     assert training_data({'dataset': 'torch/cifar100'}, 100).hub_id == 'uoft-cs/cifar100'
     assert training_data({'dataset': 'wds/mine', 'data_dir': 'a'}, 5)[:2] == ('mine', None)
+    assert training_data({'dataset': 'wds/imagenet', 'data_dir': 'a'}, 5)[:2] == ('imagenet', None)
     gone = training_data({'data_dir': str(tmp_path / 'gone')}, 5)
     assert (gone.name, gone.hub_id, gone.classes) == ('gone', None, ())

@@ -15,6 +15,7 @@ import timm
 import torch
 import yaml
 from huggingface_hub import ModelCard
+from PIL import Image
 from trained_run import CLASSES, logits, logits_of, make_run, resave, weights
 
 from timm_msar.cli import export
@@ -71,7 +72,10 @@ def test_the_exported_folder_holds_this_training_and_computes_the_same(run, tmp_
     assert cfg['tag'] == 'boots@2: x'
     assert (cfg['input_size'], cfg['mean'], cfg['std']) == ([3, 32, 32], [0.219] * 3, [0.332] * 3)
     assert (cfg['interpolation'], cfg['crop_pct'], cfg['crop_mode']) == ('bilinear', 0.8, 'center')
-    assert not {'url', 'hf_hub_id', 'file'} & set(cfg)
+    assert not {'url', 'hf_hub_id', 'file', 'license', 'origin_url'} & set(cfg)
+    assert 'num_classes' not in config.get('model_args', {})
+    assert config['weights_sha256'] == hashlib.sha256((output / 'model.safetensors').read_bytes()).hexdigest()
+    assert config['weights_sha256'] in (output / 'README.md').read_text()
 
     results = load_trained(run).results
     assert 0 < results['top1'] <= 100 and results['top5'] >= results['top1']
@@ -109,6 +113,8 @@ def test_the_card_names_the_weights_it_started_from_where_they_are_known(tmp_pat
     card = ModelCard.load(tmp_path / 'out' / 'README.md')
     assert card.data.base_model == base_model
     assert ('fine-tuned' in card.text) == fine_tuned
+    cfg = json.loads((tmp_path / 'out' / 'config.json').read_text())['pretrained_cfg']
+    assert ('license' in cfg) == ('origin_url' in cfg) == bool(base_model)
     assert 'network with Multi-Scale' in card.text and 'It needs the package' in card.text
 
 
@@ -146,6 +152,54 @@ def test_wrappers_leave_no_trace(copied, prefix):
     expected = logits(weights(copied))
     resave(copied, state_dict={prefix + key: value for key, value in weights(copied).items()})
     assert torch.equal(logits_of(load_trained(copied).model), expected)
+
+
+@pytest.mark.parametrize(
+    ('given', 'told'),
+    [
+        ({'world_size': 8, 'grad_accum_steps': 2}, 'batch size 192 (8 processes × 12 images × 2 accumulated steps)'),
+        ({'world_size': 1}, 'batch size 12.'),
+        ({'grad_accum_steps': 4}, 'batch size 48 of each process'),
+    ],
+)
+def test_the_card_tells_how_many_images_an_update_sees(tmp_path, given, told):
+    run_export(make_run(tmp_path, **given), tmp_path / 'out')
+    assert told in (tmp_path / 'out' / 'README.md').read_text()
+
+
+def test_a_checkpoint_of_split_bn_is_exported_without_the_auxiliary_norms(copied, tmp_path):
+    expected = logits(weights(copied))
+    model = timm.create_model('cifar_resnet20_msar', num_classes=3)
+    model.load_state_dict(weights(copied))
+    split = timm.layers.convert_splitbn_model(model, 2).state_dict()
+    assert any('.aux_bn.' in name for name in split)
+    other_args(split_bn=True, aug_splits=2)(copied)
+    resave(copied, state_dict=split)
+    assert torch.equal(logits_of(load_trained(copied).model), expected)
+
+
+def test_the_pipeline_of_transformers_loads_the_folder(run, tmp_path):
+    transformers = pytest.importorskip('transformers')
+    run_export(run, tmp_path / 'out')
+    classify = transformers.pipeline('image-classification', model=str(tmp_path / 'out'), device='cpu')
+    image = Image.linear_gradient('L').resize((40, 40)).convert('RGB')
+    answers = {answer['label']: answer['score'] for answer in classify(image)}
+    model = timm.create_model(f'local-dir:{tmp_path / "out"}', pretrained=True).eval()
+    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+    with torch.no_grad():
+        expected = model(transform(image)[None]).softmax(1)[0]
+    assert [answers[name] for name in CLASSES] == pytest.approx(expected.tolist(), abs=1e-5)
+
+
+@pytest.mark.parametrize('names', [('Cat', 'cat'), ('1', '01'), ('²', 'a'), ('a1', 'A01')])
+def test_class_names_that_timm_cannot_order_are_refused(copied, tmp_path, names):
+    for name in (*names, 'other'):
+        (tmp_path / 'images' / 'train' / name).mkdir(parents=True)
+        (tmp_path / 'images' / 'train' / name / '0.png').touch()
+    other_args(data_dir=str(tmp_path / 'images'))(copied)
+    with pytest.raises(CommandError, match=r'timm (numbers|cannot number)'):
+        run_export(copied, tmp_path / 'out')
+    assert not (tmp_path / 'out').exists()
 
 
 def test_the_tag_of_the_base_does_not_stay(tmp_path):
@@ -208,8 +262,8 @@ def other_args(**changed):
 
 
 BAD = {
-    'missing': (lambda path: path.unlink(), 'there is no file'),
-    'a folder': (lambda path: (path.unlink(), path.mkdir()), 'there is no file'),
+    'missing': (lambda path: path.unlink(), 'cannot read .*: No such file'),
+    'a folder': (lambda path: (path.unlink(), path.mkdir()), 'it is not a file'),
     'empty': (lambda path: path.write_bytes(b''), 'is not a checkpoint, or is cut off'),
     'text': (lambda path: path.write_text('epoch,top1\n'), 'is not a checkpoint, or is cut off'),
     'cut off': (lambda path: path.write_bytes(path.read_bytes()[:-1000]), 'is not a checkpoint, or is cut off'),
@@ -231,17 +285,20 @@ BAD = {
     'unknown argument': (other_args(model_kwargs={'size': 3}), 'cannot be built again'),
     'other class count': (other_args(num_classes=7), r'with 7 classes: fc.weight is \(3, 64\), not \(7, 64\)'),
     'NaN': (nan_in_weights, 'NaN or infinite numbers in stem.conv.weight'),
-    'no arguments': (lambda path: (resave(path, args=None), path.with_name('args.yaml').unlink()), 'put the args.yaml'),
+    'no arguments': (
+        lambda path: (resave(path, args=None), path.with_name('args.yaml').unlink()),
+        'cannot read .*args.yaml',
+    ),
     'bad args.yaml': (
         lambda p: (resave(p, args=None), p.with_name('args.yaml').write_text('a: [')),
-        'put the args.yaml',
+        'cannot read .*args.yaml',
     ),
-    'no model': (lambda p: (resave(p, args=None), p.with_name('args.yaml').write_text('a: 1')), 'do not name a model'),
-    'no summary': (lambda path: path.with_name('summary.csv').unlink(), 'cannot be read from .*summary.csv'),
+    'no model': (lambda p: (resave(p, args=None), p.with_name('args.yaml').write_text('a: 1')), 'names no model'),
+    'no summary': (lambda path: path.with_name('summary.csv').unlink(), 'cannot read .*summary.csv'),
     'binary summary': (lambda path: path.with_name('summary.csv').write_bytes(b'\xff\x00' * 9), 'summary.csv'),
-    'no metric': (spoil_summary('eval_top1', 'eval_else'), 'has no eval_top1 for epoch 1'),
+    'no metric': (spoil_summary('eval_top1', 'eval_else'), 'has no column eval_top1'),
     'no such epoch': (spoil_summary('\n1,', '\n7,'), 'has no eval_top1 for epoch 1'),
-    'cut summary': (lambda p: p.with_name('summary.csv').write_text('epoch,eval_top1\n1'), 'has no eval_top1'),
+    'cut summary': (lambda p: p.with_name('summary.csv').write_text('epoch,eval_top1\n1'), 'has no column train_loss'),
     'other run': (lambda path: resave(path, metric=1.5), 'is of another run'),
     'recovery': (lambda path: resave(path, metric=None), 'was never validated'),
 }
@@ -384,5 +441,6 @@ def test_a_checkpoint_of_train_py(timm_scripts, digits_folder, tmp_path):
         with torch.no_grad():
             right = sum((model(images).argmax(1) == targets).sum().item() for images, targets in loader)
         assert load_trained(checkpoint).ema
+        assert 'batch size 50.' in (output / 'README.md').read_text()
         assert 100 * right / len(dataset) == pytest.approx(load_trained(checkpoint).results['top1'])
         assert yaml.safe_load((checkpoint.parent / 'args.yaml').read_text())['model'] == 'cifar_resnet20_msar'

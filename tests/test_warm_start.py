@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 from timm.models import load_checkpoint
 from timm.optim import create_optimizer_v2
 
-from timm_msar import MultiScaleRecalibration
+from timm_msar import MultiScaleRecalibration, start_from_plain
 
 PLAIN = {
     'resnet18_msar': 'resnet18',
@@ -20,9 +20,13 @@ PLAIN = {
 
 
 def plain(name, **kwargs):
-    """A plain network with weights and running statistics that are nothing special."""
+    """The plain network of one with MS-SAR."""
     torch.manual_seed(0)
-    model = timm.create_model(PLAIN[name], **kwargs).eval()
+    return randomise(timm.create_model(PLAIN[name], **kwargs)).eval()
+
+
+def randomise(model):
+    """Give a network weights and running statistics of its norms that are nothing special."""
     for module in model.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             module.weight.data.uniform_(0.5, 1.5)
@@ -45,8 +49,9 @@ def test_the_same_logits_to_the_last_bit(name):
         for size in ((32, 32), (40, 24)) if name.startswith('cifar') else ((224, 224), (96, 160)):
             x = torch.randn(2, 3, *size)
             assert torch.equal(model(x), source(x))
-            assert all((layer.gates(torch.randn(1, layer.channels, 9, 9)) == 0.5).all() for layer in layers_of(model)
-                       if layer.source_channels == layer.channels)  # fmt: skip
+            for layer in layers_of(model):
+                if layer.source_channels == layer.channels:
+                    assert all((z == 0.5).all() for z in layer.gates(torch.randn(1, layer.channels, 9, 9)).values())
 
 
 def test_every_way_of_loading_a_file(tmp_path):
@@ -80,16 +85,55 @@ def test_another_class_count_and_channels_adapt_as_in_timm(tmp_path):
     assert torch.equal(model.forward_features(x), adapted.forward_features(x))
 
 
-def test_some_gate_weights_missing_is_an_error_that_names_them():
+def test_some_gate_weights_missing_is_for_pytorch_to_judge():
     state = timm.create_model('cifar_resnet20_msar').state_dict()
     key = 'stages.1.0.se.scale.2.fc1.weight'
     del state[key]
     model = timm.create_model('cifar_resnet20_msar')
-    before = {k: v.clone() for k, v in model.state_dict().items()}
-    for strict in (True, False):
-        with pytest.raises(RuntimeError, match=f'1 of .* gate weights are missing .* the first is {key}'):
-            model.load_state_dict(state, strict=strict)
-    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    before = model.state_dict()[key].clone()
+    with pytest.raises(RuntimeError, match=rf'Missing key\(s\) in state_dict: "{key}"'):
+        model.load_state_dict(state)
+    assert model.load_state_dict(state, strict=False).missing_keys == [key]
+    assert torch.equal(model.state_dict()[key], before)
+    assert torch.equal(model.state_dict()['stages.1.0.bn2.weight'], state['stages.1.0.bn2.weight'])
+
+
+@pytest.mark.parametrize('act_layer', ['relu', 'silu', 'gelu', 'hard_swish', 'relu6'])
+@pytest.mark.parametrize('name', ['resnet18_msar', 'resnext50_msar'])
+def test_the_same_logits_with_every_activation(name, act_layer):
+    source = plain(name, act_layer=act_layer)
+    model = timm.create_model(name, act_layer=act_layer).eval()
+    model.load_state_dict(source.state_dict())
+    x = torch.randn(2, 3, 96, 96)
+    assert torch.equal(model(x), source(x))
+
+
+@pytest.mark.parametrize('name', ['resnet18', 'resnet50', 'resnet50d'])
+def test_timms_own_resnets_start_from_plain_weights(name):
+    torch.manual_seed(0)
+    source = randomise(timm.create_model(name, num_classes=5)).eval()
+    model = timm.create_model(name, num_classes=5, block_args={'attn_layer': MultiScaleRecalibration}).eval()
+    start_from_plain(model, source.state_dict())
+    x = torch.randn(2, 3, 96, 96)
+    assert torch.equal(model(x), source(x))
+
+
+def test_se_weights_start_without_their_gates_and_it_is_said(caplog):
+    source = randomise(timm.create_model('seresnet18', num_classes=5)).eval()
+    model = timm.create_model('resnet18_msar', num_classes=5).eval()
+    start_from_plain(model, source.state_dict())
+    assert 'SE layers' in caplog.text
+    assert torch.equal(model.layer2[0].conv1.weight, source.layer2[0].conv1.weight)
+    assert torch.equal(model.layer2[0].bn2.weight, 2 * source.layer2[0].bn2.weight)
+
+
+def test_what_cannot_start_exactly_is_an_error():
+    with pytest.raises(ValueError, match='no MultiScaleRecalibration layer'):
+        start_from_plain(timm.create_model('resnet18'), {})
+    block = torch.nn.Sequential()
+    block.conv2, block.se = torch.nn.Conv2d(3, 8, 1), MultiScaleRecalibration(8)
+    with pytest.raises(ValueError, match=r'0\.se is in a block Sequential'):
+        start_from_plain(torch.nn.Sequential(block), {})
 
 
 def test_a_complete_checkpoint_is_loaded_as_it_is():
@@ -134,7 +178,10 @@ def test_gates_learn_from_the_first_step():
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.7 * losses[0]
-    moved = [(m.eval().gates(torch.randn(8, m.channels, 8, 8)) - 0.5).abs().max().item() for m in layers_of(model)]
+    moved = []
+    for layer in layers_of(model):
+        gates = layer.eval().gates(torch.randn(8, layer.channels, 8, 8))
+        moved.append(max((z - 0.5).abs().max().item() for z in gates.values()))
     assert min(moved) > 1e-5
     assert max(moved) > 1e-3
 

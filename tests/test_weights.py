@@ -69,7 +69,7 @@ def test_the_gates_have_learned():
     for name, module in model.named_modules():
         if name.endswith('.se'):
             module.register_forward_hook(
-                lambda layer, inputs, _: spreads.append(layer.gates(inputs[0]).std(dim=(2, 3)).mean().item())
+                lambda layer, inputs, _: spreads.append(layer.gates(inputs[0])[4].std(dim=(2, 3)).mean().item())
             )
     with torch.no_grad():
         model(x)

@@ -2,7 +2,15 @@
 
 from . import cifar_densenet, cifar_resnet, resnet_msar
 from .recalibration import MultiScaleRecalibration
+from .warm_start import start_from_plain
 
 __version__ = '0.1.0'
 
-__all__ = ['MultiScaleRecalibration', '__version__', 'cifar_densenet', 'cifar_resnet', 'resnet_msar']
+__all__ = [
+    'MultiScaleRecalibration',
+    '__version__',
+    'cifar_densenet',
+    'cifar_resnet',
+    'resnet_msar',
+    'start_from_plain',
+]

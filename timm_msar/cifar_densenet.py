@@ -7,7 +7,7 @@ new ones (Sections 3.4 and 4.2).
 """
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -32,6 +32,8 @@ class DenseLayer(nn.Module):
         attn_layer: Layer that recalibrates the new features.
         multi_level: Compute its gates from the input rather than from the new features.
     """
+
+    doubled_in_warm_start = ('conv2.weight',)
 
     def __init__(
         self,
@@ -97,11 +99,13 @@ class CifarDenseNet(CifarNet):
         in_chans: int = 3,
         proj_drop_rate: float = 0.0,
         attn_layer: Callable[..., nn.Module] | None = None,
-        multi_level: bool = True,
+        multi_level: bool | None = None,
         device=None,
         dtype=None,
         **kwargs,
     ):
+        if multi_level is not None and attn_layer is None:
+            raise TypeError('multi_level is an argument of the networks with MS-SAR: this one has no gates.')
         dd = {'device': device, 'dtype': dtype}
         channels = 2 * growth_rate
         feature_chs = [channels]
@@ -115,7 +119,9 @@ class CifarDenseNet(CifarNet):
                 layers.append(Transition(channels, channels // 2, **dd))
                 channels //= 2
             for _ in range(depth):
-                layers.append(DenseLayer(channels, growth_rate, proj_drop_rate, attn_layer, multi_level, **dd))
+                layers.append(
+                    DenseLayer(channels, growth_rate, proj_drop_rate, attn_layer, multi_level is not False, **dd)
+                )
                 channels += growth_rate
             if i == 2:
                 layers.append(BatchNormAct2d(channels, **dd))
@@ -127,6 +133,19 @@ class CifarDenseNet(CifarNet):
 def _create_cifar_densenet(variant: str, pretrained: bool, **kwargs) -> CifarDenseNet:
     feature_cfg = {'out_indices': (0, 1, 2, 3), 'flatten_sequential': True}
     return build_model_with_cfg(CifarDenseNet, variant, pretrained, feature_cfg=feature_cfg, **kwargs)
+
+
+def _create_cifar_densenet_msar(
+    variant: str,
+    pretrained: bool,
+    scales: Sequence[int] = (1, 2, 4),
+    rd_ratio: float = 1.0,
+    strategy: str = 'regional',
+    multi_level: bool = True,
+    **kwargs,
+) -> CifarDenseNet:
+    layer = partial(MultiScaleRecalibration, scales=scales, rd_ratio=rd_ratio, strategy=strategy)
+    return _create_cifar_densenet(variant, pretrained, attn_layer=layer, multi_level=multi_level, **kwargs)
 
 
 default_cfgs = generate_default_cfgs(
@@ -154,30 +173,14 @@ def cifar_densenet190(pretrained: bool = False, **kwargs) -> CifarDenseNet:
 
 
 @register_model
-def cifar_densenet100_msar(
-    pretrained: bool = False,
-    scales: tuple[int, ...] = (1, 2, 4),
-    rd_ratio: float = 1.0,
-    strategy: str = 'regional',
-    multi_level: bool = True,
-    **kwargs,
-) -> CifarDenseNet:
-    """DenseNet-BC-100 with MS-SAR in each dense layer."""
-    layer = partial(MultiScaleRecalibration, scales=scales, rd_ratio=rd_ratio, strategy=strategy)
-    model_args = dict(depth=16, growth_rate=12, attn_layer=layer, multi_level=multi_level)
-    return _create_cifar_densenet('cifar_densenet100_msar', pretrained, **dict(model_args, **kwargs))
+def cifar_densenet100_msar(pretrained: bool = False, **kwargs) -> CifarDenseNet:
+    """DenseNet-BC-100 with MS-SAR in each dense layer, 0.89 M parameters."""
+    model_args = dict(depth=16, growth_rate=12)
+    return _create_cifar_densenet_msar('cifar_densenet100_msar', pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
-def cifar_densenet190_msar(
-    pretrained: bool = False,
-    scales: tuple[int, ...] = (1, 2, 4),
-    rd_ratio: float = 1.0,
-    strategy: str = 'regional',
-    multi_level: bool = True,
-    **kwargs,
-) -> CifarDenseNet:
-    """DenseNet-BC-190 with MS-SAR in each dense layer."""
-    layer = partial(MultiScaleRecalibration, scales=scales, rd_ratio=rd_ratio, strategy=strategy)
-    model_args = dict(depth=31, growth_rate=40, attn_layer=layer, multi_level=multi_level)
-    return _create_cifar_densenet('cifar_densenet190_msar', pretrained, **dict(model_args, **kwargs))
+def cifar_densenet190_msar(pretrained: bool = False, **kwargs) -> CifarDenseNet:
+    """DenseNet-BC-190 with MS-SAR in each dense layer, 30.0 M parameters."""
+    model_args = dict(depth=31, growth_rate=40)
+    return _create_cifar_densenet_msar('cifar_densenet190_msar', pretrained, **dict(model_args, **kwargs))

@@ -9,10 +9,7 @@ from timm.layers import create_classifier, get_device_dtype
 from timm.models import checkpoint_seq
 from torch import Tensor
 
-from .input_size import check_input_size
 from .warm_start import complete_gates
-
-torch.fx.wrap('check_input_size')  # a symbolic tracer records the call
 
 CIFAR10_MEAN = (0.4914, 0.4822, 0.4465)
 CIFAR10_STD = (0.2470, 0.2435, 0.2616)
@@ -89,11 +86,13 @@ class CifarNet(nn.Module):
         ]
         self.feature_chs = list(feature_chs)
         self.num_features = feature_chs[-1]
-        self.global_pool, self.fc = create_classifier(
+        # In the order of use, so that list(model.children())[:-1] is the network without its classifier.
+        self.global_pool, fc = create_classifier(
             self.num_features, num_classes, pool_type=global_pool, device=device, dtype=dtype
         )
-        self.head_hidden_size = self.num_features * self.global_pool.feat_mult()
         self.head_drop = nn.Dropout(drop_rate)
+        self.fc = fc
+        self.head_hidden_size = self.num_features * self.global_pool.feat_mult()
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode='fan_out', nonlinearity='relu')
@@ -148,12 +147,12 @@ class CifarNet(nn.Module):
             The final features and the list of intermediate ones, or the list alone.
 
         Raises:
-            ValueError: The images are smaller than the stride, or an argument is not one of those above.
+            ValueError: An argument is not one of those above.
         """
         if output_fmt != 'NCHW':
             raise ValueError(f"output_fmt must be 'NCHW', not {output_fmt!r}.")
         take = _feature_indices(indices, len(self.feature_info))
-        x = self.stem(check_input_size(x, 4))
+        x = self.stem(x)
         intermediates = [x] if 0 in take else []
         for i, stage in enumerate(self.stages, start=1):
             if stop_early and i > max(take):
@@ -181,7 +180,7 @@ class CifarNet(nn.Module):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Map images (B, in_chans, H, W) to features (B, num_features, H / 4, W / 4)."""
-        x = self.stem(check_input_size(x, 4))
+        x = self.stem(x)
         if self.grad_checkpointing and not torch.jit.is_scripting():
             return checkpoint_seq(self.stages, x, flatten=True)
         return self.stages(x)

@@ -6,7 +6,7 @@ projections: with them, not with zero padding, the multiply-adds of Table 1 come
 """
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -92,9 +92,9 @@ def _create_cifar_resnet(variant: str, pretrained: bool, **kwargs) -> CifarResNe
 def _create_cifar_resnet_msar(
     variant: str,
     pretrained: bool,
-    scales: tuple[int, ...],
-    rd_ratio: float,
-    strategy: str,
+    scales: Sequence[int] = (1, 2, 4),
+    rd_ratio: float = 1.0,
+    strategy: str = 'regional',
     **kwargs,
 ) -> CifarResNet:
     layer = partial(MultiScaleRecalibration, scales=scales, rd_ratio=rd_ratio, strategy=strategy)
@@ -145,39 +145,21 @@ def cifar_resnet56(pretrained: bool = False, **kwargs) -> CifarResNet:
 
 
 @register_model
-def cifar_resnet20_msar(
-    pretrained: bool = False,
-    scales: tuple[int, ...] = (1, 2, 4),
-    rd_ratio: float = 1.0,
-    strategy: str = 'regional',
-    **kwargs,
-) -> CifarResNet:
+def cifar_resnet20_msar(pretrained: bool = False, **kwargs) -> CifarResNet:
     """ResNet-20 with MS-SAR in each block; `rd_ratio=0.375` has the cost that Tables 2 and 3 give."""
-    model_args = dict({'layers': (3, 3, 3)}, **kwargs)
-    return _create_cifar_resnet_msar('cifar_resnet20_msar', pretrained, scales, rd_ratio, strategy, **model_args)
+    model_args = dict(layers=(3, 3, 3))
+    return _create_cifar_resnet_msar('cifar_resnet20_msar', pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
-def cifar_resnet32_msar(
-    pretrained: bool = False,
-    scales: tuple[int, ...] = (1, 2, 4),
-    rd_ratio: float = 1.0,
-    strategy: str = 'regional',
-    **kwargs,
-) -> CifarResNet:
+def cifar_resnet32_msar(pretrained: bool = False, **kwargs) -> CifarResNet:
     """ResNet-32 with MS-SAR in each block; `rd_ratio=0.375` has the cost that Tables 2 and 3 give."""
-    model_args = dict({'layers': (5, 5, 5)}, **kwargs)
-    return _create_cifar_resnet_msar('cifar_resnet32_msar', pretrained, scales, rd_ratio, strategy, **model_args)
+    model_args = dict(layers=(5, 5, 5))
+    return _create_cifar_resnet_msar('cifar_resnet32_msar', pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
-def cifar_resnet56_msar(
-    pretrained: bool = False,
-    scales: tuple[int, ...] = (1, 2, 4),
-    rd_ratio: float = 1.0,
-    strategy: str = 'regional',
-    **kwargs,
-) -> CifarResNet:
+def cifar_resnet56_msar(pretrained: bool = False, **kwargs) -> CifarResNet:
     """ResNet-56 with MS-SAR in each block; `rd_ratio=0.375` has the cost that Tables 2 and 3 give."""
-    model_args = dict({'layers': (9, 9, 9)}, **kwargs)
-    return _create_cifar_resnet_msar('cifar_resnet56_msar', pretrained, scales, rd_ratio, strategy, **model_args)
+    model_args = dict(layers=(9, 9, 9))
+    return _create_cifar_resnet_msar('cifar_resnet56_msar', pretrained, **dict(model_args, **kwargs))

@@ -11,6 +11,7 @@ Every response is multiplied by a gate between 0 and 1 that is computed from its
 With the one scale {1} this is Squeeze-and-Excitation with normalisation inside the gate.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -20,13 +21,14 @@ from timm.layers import create_act_layer
 from timm.models import register_notrace_module
 from torch import Tensor
 
-from .regions import average, average_on_pieces, regional_means, scale_pieces, sliding_mean, spread_pieces
+from .regions import recalibrate, regional_means, sliding_means
 
 __all__ = ['MultiScaleRecalibration']
 
 # These follow the size of the map, which a symbolic tracer does not know: it records a call to them instead.
-for _name in ('regional_means', 'sliding_mean', 'average_on_pieces', 'spread_pieces', 'scale_pieces'):
-    torch.fx.wrap(_name)
+torch.fx.wrap('regional_means')
+torch.fx.wrap('sliding_means')
+torch.fx.wrap('recalibrate')
 
 
 def _check_scales(scales: Sequence[int]) -> list[int]:
@@ -39,40 +41,52 @@ def _check_scales(scales: Sequence[int]) -> list[int]:
 
 
 @torch.fx.wrap
-def _check_cube(x: Tensor, channels: int, name: str) -> Tensor:
-    """Return `x` if it is a floating point cube of `channels` channels, raise ValueError or TypeError if not."""
-    if x.dim() != 4 or x.shape[1] != channels:
-        raise ValueError(f'{name} must have the shape (batch, {channels}, height, width), not {list(x.shape)}.')
-    if not x.is_floating_point():
-        raise TypeError(f'{name} must be a floating point tensor, not {x.dtype}: convert it, with {name}.float().')
-    return x
+def _batch_norm(
+    y: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    momentum: float | None,
+    eps: float,
+) -> Tensor:
+    """Batch norm of rows y, (N, C), by running statistics in evaluation, or where there is just one row.
 
-
-@torch.fx.wrap
-def _check_source(source: Tensor, x: Tensor) -> Tensor:
-    """Return `source` if it covers the same images and positions as `x`, raise ValueError if not."""
-    if source.shape[0] != x.shape[0] or source.shape[2:] != x.shape[2:]:
-        raise ValueError(
-            f'source must have the batch, height and width of x, {list(x.shape)}, not the shape {list(source.shape)}.'
-        )
-    return source
-
-
-def _normalise(norm: nn.Module, y: Tensor) -> Tensor:
-    """Apply `norm`; a batch norm in training that is given one value a channel uses its running statistics.
-
-    One value has no variance, so PyTorch raises there. It happens at scale 1 with a batch of one image, which is how
-    detection and segmentation networks are fine-tuned. (SyncBatchNorm sees the other processes' values.)
+    One row has no variance, so PyTorch raises in training. It happens at scale 1 with a batch of one image, which is
+    how detection and segmentation networks are fine-tuned.
     """
-    # Not a subclass: timm's BatchNormAct2d does more than normalise.
-    single = norm.training and y.numel() == y.shape[1]
-    if single and type(norm) is nn.BatchNorm2d and norm.running_mean is not None:
-        return F.batch_norm(y, norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=norm.eps)
-    return norm(y)
+    training = running_mean is None or (training and y.shape[0] > 1)
+    return F.batch_norm(
+        y, running_mean, running_var, weight, bias, training, 0.1 if momentum is None else momentum, eps
+    )
+
+
+class GateNorm(nn.BatchNorm1d):
+    """The BN in σ1 and σ2. In training, a single row is normalised by the running statistics."""
+
+    def forward(self, y: Tensor) -> Tensor:
+        """Normalise rows (N, C)."""
+        if self.training and self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
+        return _batch_norm(
+            y,
+            self.running_mean,
+            self.running_var,
+            self.weight,
+            self.bias,
+            self.training,
+            self.momentum,
+            self.eps,
+        )
 
 
 class Gate(nn.Module):
-    """The recalibration function of one scale, Eq. (1): two 1×1 convolutions, normalised, with ReLU and sigmoid."""
+    """The recalibration function of one scale, Eq. (1): two linear maps, normalised, with ReLU and sigmoid.
+
+    Ω1 and Ω2 are kept as 1×1 convolutions, as in timm's SEModule, so that they are initialised like those. On a grid
+    of a few regions the same product is several times faster as a linear map over the rows.
+    """
 
     def __init__(
         self,
@@ -80,7 +94,6 @@ class Gate(nn.Module):
         rd_channels: int,
         channels: int,
         act_layer: type[nn.Module] = nn.ReLU,
-        norm_layer: type[nn.Module] = nn.BatchNorm2d,
         gate_layer: str | type[nn.Module] = 'sigmoid',
         device=None,
         dtype=None,
@@ -88,19 +101,18 @@ class Gate(nn.Module):
         dd = {'device': device, 'dtype': dtype}
         super().__init__()
         self.fc1 = nn.Conv2d(source_channels, rd_channels, kernel_size=1, bias=False, **dd)
-        self.bn1 = norm_layer(rd_channels, **dd)
+        self.bn1 = GateNorm(rd_channels, **dd)
         self.act = create_act_layer(act_layer, inplace=True)
         self.fc2 = nn.Conv2d(rd_channels, channels, kernel_size=1, bias=False, **dd)
-        self.bn2 = norm_layer(channels, **dd)
+        self.bn2 = GateNorm(channels, **dd)
         self.gate = create_act_layer(gate_layer)
 
     def forward(self, y: Tensor) -> Tensor:
-        """Map means y, (B, source_channels, h, w), to gates z, (B, channels, h, w)."""
-        if torch.jit.is_scripting():  # TorchScript cannot pass a module to a function
-            y = self.act(self.bn1(self.fc1(y)))
-            return self.gate(self.bn2(self.fc2(y)))
-        y = self.act(_normalise(self.bn1, self.fc1(y)))
-        return self.gate(_normalise(self.bn2, self.fc2(y)))
+        """Map means y, (B, h, w, source_channels), to gates z, (B, h, w, channels)."""
+        rows = y.flatten(0, 2)
+        rows = self.act(self.bn1(F.linear(rows, self.fc1.weight.flatten(1))))
+        rows = self.gate(self.bn2(F.linear(rows, self.fc2.weight.flatten(1))))
+        return rows.view(y.shape[0], y.shape[1], y.shape[2], rows.shape[1])
 
 
 @register_notrace_module
@@ -119,11 +131,11 @@ class MultiScaleRecalibration(nn.Module):
             ⌊√(H·W)/K⌋ around each position, clipped at the border).
         source_channels: Channels of the tensor that the gates are computed from, if that is not the one recalibrated.
         act_layer: Activation σ1.
-        norm_layer: Normalisation before both activations.
         gate_layer: Activation σ2.
 
     Raises:
-        ValueError: `scales`, `rd_ratio`, `rd_channels` or `strategy` is not one of the values allowed.
+        ValueError: `channels`, `scales`, `rd_ratio`, `rd_channels`, `strategy` or `source_channels` is not one of the
+            values allowed.
     """
 
     def __init__(
@@ -135,17 +147,21 @@ class MultiScaleRecalibration(nn.Module):
         strategy: str = 'regional',
         source_channels: int | None = None,
         act_layer: type[nn.Module] = nn.ReLU,
-        norm_layer: type[nn.Module] = nn.BatchNorm2d,
         gate_layer: str | type[nn.Module] = 'sigmoid',
         device=None,
         dtype=None,
     ):
         super().__init__()
         self.scales = _check_scales(scales)
-        if not rd_ratio > 0:
+        for name, value in (
+            ('channels', channels),
+            ('source_channels', source_channels),
+            ('rd_channels', rd_channels),
+        ):
+            if value is not None and value < 1:
+                raise ValueError(f'{name} must be a positive integer, not {value!r}.')
+        if not 0 < rd_ratio < math.inf:
             raise ValueError(f'rd_ratio must be a positive number, not {rd_ratio!r}.')
-        if rd_channels is not None and rd_channels < 1:
-            raise ValueError(f'rd_channels must be a positive integer, or None to use rd_ratio, not {rd_channels!r}.')
         if strategy not in ('regional', 'sliding'):
             raise ValueError(f"strategy must be 'regional' or 'sliding', not {strategy!r}.")
         self.channels = channels
@@ -159,7 +175,6 @@ class MultiScaleRecalibration(nn.Module):
                     rd_channels,
                     channels,
                     act_layer=act_layer,
-                    norm_layer=norm_layer,
                     gate_layer=gate_layer,
                     device=device,
                     dtype=dtype,
@@ -172,45 +187,41 @@ class MultiScaleRecalibration(nn.Module):
         """The arguments that the sub-modules do not show."""
         return f'{self.channels}, scales={self.scales}, strategy={self.strategy}'
 
-    def _checked_source(self, x: Tensor, source: Tensor | None) -> Tensor:
-        """The tensor that the gates are computed from, checked together with x."""
-        x = _check_cube(x, self.channels, 'x')
-        if source is None:
-            if self.source_channels != self.channels:
-                raise ValueError(f'source must be given: the gates are computed from {self.source_channels} channels.')
-            return x
-        return _check_source(_check_cube(source, self.source_channels, 'source'), x)
-
-    def _z(self, source: Tensor) -> list[Tensor]:
-        """z_K of every scale, Eq. (1): on its K×K regions, or at every position when sliding."""
-        if self.strategy == 'regional':
-            y = regional_means(source, self.scales)
-        else:
-            y = [sliding_mean(source, k) for k in self.scales]
+    def z(self, source: Tensor) -> list[Tensor]:
+        """z_K of every scale, Eq. (1), (B, K, K, channels) on its regions, or (B, H, W, channels) when sliding."""
+        y = regional_means(source, self.scales) if self.strategy == 'regional' else sliding_means(source, self.scales)
         return [gate(y[i]) for i, gate in enumerate(self.scale.values())]
 
-    def gates(self, x: Tensor, source: Tensor | None = None) -> Tensor:
-        """Z of Eq. (2) at full resolution.
+    def gates(self, x: Tensor, source: Tensor | None = None) -> dict[int, Tensor]:
+        """The gates of each scale at every position; their mean is Z of Eq. (2).
 
         Args:
             x: The tensor to recalibrate, (B, channels, H, W).
             source: The tensor that the gates are computed from, (B, source_channels, H, W); by default x itself.
 
         Returns:
-            Gates of the shape of x.
-
-        Raises:
-            ValueError: A shape is not the one above.
-            TypeError: A tensor is not floating point.
+            For each scale K gates of the shape of x.
         """
-        z = self._z(self._checked_source(x, source))
+        ones = torch.ones_like(x)
+        z = self.z(x if source is None else source)
+        return {k: self._times_mean(ones, [z_k], [k]) for k, z_k in zip(self.scales, z)}
+
+    def _times_mean(self, x: Tensor, z: list[Tensor], scales: list[int]) -> Tensor:
         if self.strategy == 'regional':
-            return spread_pieces(average_on_pieces(z, x, self.scales), x, self.scales)
-        return average(z)
+            return recalibrate(x, z, scales)
+        total = z[0]
+        for z_k in z[1:]:
+            total = total + z_k
+        return x * (total / len(z)).permute(0, 3, 1, 2)
 
     def forward(self, x: Tensor, source: Tensor | None = None) -> Tensor:
-        """x ⊙ Z, Eq. (2); arguments and errors are those of `gates`."""
-        z = self._z(self._checked_source(x, source))
-        if self.strategy == 'regional':
-            return scale_pieces(x, average_on_pieces(z, x, self.scales), self.scales)
-        return x * average(z)
+        """x ⊙ Z, Eq. (2).
+
+        Args:
+            x: The tensor to recalibrate, (B, channels, H, W).
+            source: The tensor that the gates are computed from, (B, source_channels, H, W); by default x itself.
+
+        Returns:
+            A tensor of the shape of x.
+        """
+        return self._times_mean(x, self.z(x if source is None else source), self.scales)

@@ -1,150 +1,206 @@
-"""The coordinate sets of Section 3.2: means over them, and gates back from them to positions.
+"""The coordinate sets S_K of Section 3.2: means over them, and gates back from them to positions.
 
-Regional: position (h, w) lies in region (⌊h·K/H⌋, ⌊w·K/W⌋) of scale K, so the K×K regions are a true partition of the
-map. (Adaptive average pooling is not this: where K does not divide the size, its bins overlap.) The borders of all
-scales together cut the map into pieces. Sums over the pieces take one pass over the map, sums over the regions of
-every scale follow from them, and the average gate is constant on a piece, so scaling the map takes one pass too.
+Along an axis of `size` positions the regions of scale K are told by one line: position p is in region ⌊p·K/size⌋. They
+are a true partition. (Adaptive average pooling is not: where K does not divide the size, its bins overlap.) With the
+matrix R of a scale, R[i, p] = 1 where position p is in region i, and R̄, its rows divided by their sums,
 
-Sliding: a square window around each position, clipped at the border of the map.
+    y = R̄ x R̄ᵀ        Z = 1/L · Σ Rᵀ z R
+
+is the definition, for every size. It is what runs where sizes are symbols, when a network is traced or exported.
+Where they are numbers it is faster to read x once, at the finest scale: a region of a scale that divides it is a whole
+number of its regions, so means and gates of the others are brought there and back on a small grid. Between the map and
+that grid stands a view where the regions are equal. Elsewhere it is one product with R ⊗ R, since R x Rᵀ is (R ⊗ R) x
+with the positions of x in one row.
+
+Sliding windows have another R, with a row for each position: R[p, q] = 1 where |p - q| ≤ √(H·W)/K.
 """
-
-import math
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 
-def _counted(size: int) -> int:
-    """The size itself, as a constant when compiled: torch.compile unrolls the loop.
-
-    It can neither sort borders that are symbols nor convolve a map whose size is one.
-    """
-    count = 0
-    for _ in range(size):
-        count += 1
-    return count
-
-
-def piece_lengths(size: int, scales: list[int]) -> list[int]:
-    """Lengths of the pieces into which the region borders of `scales` cut an axis of `size` positions.
-
-    A scale above the size counts as the size: a region is never smaller than a pixel.
-    """
-    size = _counted(size)
-    borders: list[int] = []
-    for scale in scales:
+def region_matrix(size: int, scale: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """R of the regions along an axis, (K, size); where K exceeds a size that is a number, (size, size)."""
+    # No empty region: it would count in the statistics of batch norm. A symbol cannot be compared.
+    k = scale
+    if torch.jit.is_scripting() or (isinstance(size, int) and not torch.compiler.is_exporting()):
         k = min(scale, size)
-        for i in range(k):
-            border = (i * size + k - 1) // k  # the first position of region i
-            if border not in borders:
-                borders.append(border)
-    borders.sort()
-    borders.append(size)
-    return [borders[i + 1] - borders[i] for i in range(len(borders) - 1)]
+    region = torch.arange(size, device=device) * k // size
+    return (region == torch.arange(k, device=device)[:, None]).to(dtype)
 
 
-def _pieces_per_region(pieces: list[int], regions: list[int]) -> list[int]:
-    """How many consecutive pieces make up each region, both given by their lengths."""
-    counts: list[int] = []
-    i = 0
-    for length in regions:
-        first = i
-        while length > 0:
-            length -= pieces[i]
-            i += 1
-        counts.append(i - first)
-    return counts
+def window_matrix(size: int, area: int, scale: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """R of the windows along an axis of a map of H·W = `area` positions, (size, size)."""
+    position = torch.arange(size, device=device)
+    distance = position - position[:, None]
+    return (distance * distance * scale**2 <= area).to(dtype)  # |p - q| ≤ √(H·W)/K, in whole numbers
 
 
-def _all_equal(lengths: list[int]) -> bool:
-    return min(lengths) == max(lengths)
+def mean_matrix(matrix: Tensor) -> Tensor:
+    """R̄ of R: each row divided by its sum; an empty region stays 0."""
+    return matrix / matrix.sum(1, keepdim=True).clamp(min=1)
 
 
-def _sum_pieces(x: Tensor, dim: int, lengths: list[int]) -> Tensor:
-    """Sum x along `dim` over pieces of the given lengths."""
-    # Half precision overflows in the sum of a large region.
-    dtype = x.dtype if x.dtype == torch.float64 else torch.float32
-    if _all_equal(lengths):
-        return x.unflatten(dim, (len(lengths), lengths[0])).sum(dim + 1, dtype=dtype)
-    return torch.stack([piece.sum(dim, dtype=dtype) for piece in x.split(lengths, dim)], dim)
+def product(rows: Tensor, x: Tensor, cols: Tensor) -> Tensor:
+    """rows · x · colsᵀ over the last two axes of x, (B, C, H, W)."""
+    # One matrix product for each channel: to fold channels and height together, an exporter would ask what height is.
+    cube = x.reshape(-1, x.shape[2], x.shape[3])
+    cube = torch.bmm(rows.expand(cube.shape[0], -1, -1), cube)
+    cube = torch.bmm(cube, cols.T.expand(cube.shape[0], -1, -1))
+    return cube.view(x.shape[0], x.shape[1], rows.shape[0], cols.shape[0])
 
 
-def _mean_regions(sums: Tensor, dim: int, pieces: list[int], regions: list[int]) -> Tensor:
-    """Means along `dim` over regions of the given lengths, from sums over pieces of the given lengths."""
-    counts = _pieces_per_region(pieces, regions)
-    if _all_equal(regions) and _all_equal(counts):
-        return _sum_pieces(sums, dim, counts) / regions[0]
-    means = [part.sum(dim) / length for part, length in zip(sums.split(counts, dim), regions)]
-    return torch.stack(means, dim)
-
-
-def _spread(z: Tensor, dim: int, lengths: list[int]) -> Tensor:
-    """Repeat entry i of z along `dim` lengths[i] times."""
-    if _all_equal(lengths):
-        return z if lengths[0] == 1 else z.repeat_interleave(lengths[0], dim)
-    shape = list(z.shape)
-    spread: list[Tensor] = []
-    for entry, length in zip(z.split(1, dim), lengths):
-        shape[dim] = length
-        spread.append(entry.expand(shape))
-    return torch.cat(spread, dim)
-
-
-def regional_means(x: Tensor, scales: list[int]) -> list[Tensor]:
-    """Mean y of x over each region: for scale K a tensor (B, C, K, K), from one pass over x, (B, C, H, W)."""
-    height, width = x.shape[2], x.shape[3]
-    rows, cols = piece_lengths(height, scales), piece_lengths(width, scales)
-    sums = _sum_pieces(_sum_pieces(x, 2, rows), 3, cols)
+def means_by_definition(x: Tensor, scales: list[int]) -> list[Tensor]:
+    """y = R̄ x R̄ᵀ of x, (B, C, H, W), as (B, K, K, C), for every scale K."""
     means: list[Tensor] = []
-    for k in scales:
-        y = _mean_regions(sums, 2, rows, piece_lengths(height, [k]))
-        y = _mean_regions(y, 3, cols, piece_lengths(width, [k]))
-        means.append(y.to(x.dtype))
+    for scale in scales:
+        rows = mean_matrix(region_matrix(x.shape[2], scale, x.device, x.dtype))
+        cols = mean_matrix(region_matrix(x.shape[3], scale, x.device, x.dtype))
+        means.append(product(rows, x, cols).permute(0, 2, 3, 1))
     return means
 
 
-def sliding_mean(x: Tensor, scale: int) -> Tensor:
-    """Mean y of x, (B, C, H, W), over the clipped window of half-width ⌊√(H·W)/K⌋ around each position."""
-    reach = int(math.sqrt(_counted(x.shape[2]) * _counted(x.shape[3]))) // scale
-    # A clipped window is a rectangle, so its mean is the mean over its rows of the means over its columns.
-    return _window_weights(x, 2, reach) @ x @ _window_weights(x, 3, reach).T
+def average_by_definition(z: list[Tensor], x: Tensor, scales: list[int]) -> Tensor:
+    """Z = 1/L · Σ Rᵀ z R at the positions of x, (B, C, H, W), from the gates z of every scale K, (B, K, K, C)."""
+    total = torch.zeros([1], device=x.device, dtype=z[0].dtype)
+    for scale, z_k in zip(scales, z):
+        rows = region_matrix(x.shape[2], scale, x.device, z_k.dtype)
+        cols = region_matrix(x.shape[3], scale, x.device, z_k.dtype)
+        total = total + product(rows.T, z_k.permute(0, 3, 1, 2), cols.T)
+    return total / len(scales)
 
 
-def _window_weights(x: Tensor, dim: int, reach: int) -> Tensor:
-    """Matrix that takes the mean over the positions within `reach` of each one along `dim` of x."""
-    position = torch.arange(x.shape[dim], device=x.device)
-    window = ((position[:, None] - position).abs() <= reach).to(x.dtype)
-    return window / window.sum(1, keepdim=True)
-
-
-def average_on_pieces(z: list[Tensor], x: Tensor, scales: list[int]) -> Tensor:
-    """1/L · Σ z_K on the pieces of the map x, from the gates z_K, (B, C, K, K), of every scale K."""
+def sliding_means(x: Tensor, scales: list[int]) -> list[Tensor]:
+    """y = R̄ x R̄ᵀ of x, (B, C, H, W), over the window around each position, as (B, H, W, C), for every scale."""
+    means: list[Tensor] = []
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
     height, width = x.shape[2], x.shape[3]
-    rows, cols = piece_lengths(height, scales), piece_lengths(width, scales)
-    parts: list[Tensor] = []
-    for k, z_k in zip(scales, z):
-        z_k = _spread(z_k, 2, _pieces_per_region(rows, piece_lengths(height, [k])))
-        parts.append(_spread(z_k, 3, _pieces_per_region(cols, piece_lengths(width, [k]))))
-    return average(parts)
+    for scale in scales:
+        rows = mean_matrix(window_matrix(height, height * width, scale, x.device, wide.dtype))
+        cols = mean_matrix(window_matrix(width, height * width, scale, x.device, wide.dtype))
+        means.append(product(rows, wide, cols).to(x.dtype).permute(0, 2, 3, 1))
+    return means
 
 
-def average(z: list[Tensor]) -> Tensor:
-    """1/L · Σ z_K of gates at one resolution."""
-    total = z[0]
-    for z_k in z[1:]:
-        total = total + z_k
-    return total / len(z)
+def regional_means(x: Tensor, scales: list[int]) -> list[Tensor]:
+    """y of x, (B, C, H, W), over the regions of every scale K, as (B, K, K, C), or fewer where the map has fewer."""
+    height, width = x.shape[2], x.shape[3]
+    if not are_known(height, width, scales):
+        return means_by_definition(x, scales)
+    wide = torch.promote_types(x.dtype, torch.float32)  # half precision overflows in the sum of a large region
+    # Reductions and products are fast along the axes as they lie in memory.
+    channels_last = x.is_contiguous(memory_format=torch.channels_last)
+    cube, dim = (x.permute(0, 2, 3, 1), 1) if channels_last else (x, 2)
+    means: dict[int, Tensor] = {}
+    for finest in finest_scales(scales):
+        area: Tensor | None = None
+        if height % finest == 0 and width % finest == 0:
+            y = blocks(cube, dim, finest, wide)
+            y = y if channels_last else y.permute(0, 2, 3, 1)
+        else:
+            matrix = map_matrix(x, finest, wide)
+            area = matrix.sum(1, keepdim=True)
+            matrix = (matrix / area).to(x.dtype)
+            rows = matrix @ cube.flatten(1, 2) if channels_last else (cube.flatten(2) @ matrix.T).transpose(1, 2)
+            y, area = rows.unflatten(1, (finest, finest)), area.view(1, finest, finest, 1)
+        for k in scales:
+            if k == finest:
+                means[k] = y
+            elif finest % k == 0 and k not in means:
+                means[k] = (
+                    blocks(y, 1, k, wide) if area is None else blocks(y * area, 1, k, wide) / blocks(area, 1, k, wide)
+                )
+    return [means[k].to(x.dtype) for k in scales]
 
 
-def spread_pieces(z: Tensor, x: Tensor, scales: list[int]) -> Tensor:
-    """Gates z on the pieces of the map x, as gates at each of its positions, (B, C, H, W)."""
-    return _spread(_spread(z, 2, piece_lengths(x.shape[2], scales)), 3, piece_lengths(x.shape[3], scales))
+def recalibrate(x: Tensor, z: list[Tensor], scales: list[int]) -> Tensor:
+    """x ⊙ Z of x, (B, C, H, W), with Z = 1/L · Σ z of the gates z of every scale K, (B, K, K, C)."""
+    height, width = x.shape[2], x.shape[3]
+    if not are_known(height, width, scales):
+        return x * average_by_definition(z, x, scales)
+    channels_last = x.is_contiguous(memory_format=torch.channels_last)
+    dim = 1 if channels_last else 2
+    finest = finest_scales(scales)
+    total = x
+    for i, fine in enumerate(finest):
+        gates = z[scales.index(fine)]
+        for k, z_k in zip(scales, z):
+            # A scale that divides several of the finest counts with the first.
+            if k != fine and multiples(k, finest)[0] == fine:
+                gates = gates + repeat(repeat(z_k, 1, fine), 2, fine)
+        gates = gates / len(scales)
+        if height % fine == 0 and width % fine == 0:
+            gates = repeat(gates, 2, width)
+            gates = gates if channels_last else gates.permute(0, 3, 1, 2).contiguous()
+            if len(finest) == 1 and not torch.is_grad_enabled():
+                # This saves a pass, but the result is a view. Under autograd that would hide the gradient from hooks
+                # on it where a block adds to it in place, as timm's do.
+                cube = x.permute(0, 2, 3, 1) if channels_last else x
+                out = (cube.unflatten(dim, (fine, height // fine)) * gates.unsqueeze(dim + 1)).flatten(dim, dim + 1)
+                return out.permute(0, 3, 1, 2) if channels_last else out
+            gates = repeat(gates, dim, height)
+        else:
+            matrix = map_matrix(x, fine, gates.dtype)
+            rows = gates.flatten(1, 2)
+            rows = matrix.T @ rows if channels_last else rows.transpose(1, 2) @ matrix
+            gates = rows.unflatten(dim, (height, width))
+        gates = gates.permute(0, 3, 1, 2) if channels_last else gates
+        total = gates if i == 0 else total + gates
+    return x * total
 
 
-def scale_pieces(x: Tensor, z: Tensor, scales: list[int]) -> Tensor:
-    """x ⊙ Z with the gates z on the pieces of x, in one pass over x."""
-    rows, cols = piece_lengths(x.shape[2], scales), piece_lengths(x.shape[3], scales)
-    if _all_equal(rows) and _all_equal(cols):
-        pieces = x.unflatten(3, (len(cols), cols[0])).unflatten(2, (len(rows), rows[0]))
-        return (pieces * z[:, :, :, None, :, None]).flatten(4, 5).flatten(2, 3)
-    return x * spread_pieces(z, x, scales)
+def are_known(height: int, width: int, scales: list[int]) -> bool:
+    """Whether sizes are numbers, not symbols of a tracer, and no smaller than the scales."""
+    if not torch.jit.is_scripting():
+        if not isinstance(height, int) or not isinstance(width, int):
+            return False
+        # torch.compile shows its symbols as int: asking one whether it is divisible would make a graph for each answer.
+        if torch.compiler.is_compiling():
+            for size in (height, width):
+                if not statically_known_true(size >= max(scales)):
+                    return False
+                for k in scales:
+                    if not statically_known_true(size % k == 0) and not statically_known_true(size % k != 0):
+                        return False
+            return True
+    return max(scales) <= min(height, width)
+
+
+def finest_scales(scales: list[int]) -> list[int]:
+    """The scales that divide no other: of 1, 2 and 4 it is 4, of 3 and 4 both."""
+    finest: list[int] = []
+    for k in scales:
+        if len(multiples(k, scales)) == 1:
+            finest.append(k)
+    return finest
+
+
+def multiples(k: int, scales: list[int]) -> list[int]:
+    """Those of the scales that k divides."""
+    found: list[int] = []
+    for scale in scales:
+        if scale % k == 0:
+            found.append(scale)
+    return found
+
+
+def map_matrix(x: Tensor, scale: int, dtype: torch.dtype) -> Tensor:
+    """R ⊗ R of the map x, (K², H·W): a row for each region, a column for each position."""
+    rows = region_matrix(x.shape[2], scale, x.device, dtype)
+    cols = rows if x.shape[2] == x.shape[3] else region_matrix(x.shape[3], scale, x.device, dtype)
+    return torch.kron(rows, cols)
+
+
+def blocks(x: Tensor, dim: int, k: int, dtype: torch.dtype) -> Tensor:
+    """Means over k×k equal blocks along `dim` and the next axis, with sums in `dtype`."""
+    if k == 1:
+        return x.mean((dim, dim + 1), keepdim=True, dtype=dtype)
+    x = x.unflatten(dim, (k, x.shape[dim] // k)).mean(dim + 1, dtype=dtype)
+    return x.unflatten(dim + 1, (k, x.shape[dim + 1] // k)).mean(dim + 2)
+
+
+def repeat(z: Tensor, dim: int, size: int) -> Tensor:
+    """Bring each entry along `dim` to the positions of its region, of which there are `size`. One is broadcast."""
+    k = z.shape[dim]
+    return z if k in (1, size) else z.repeat_interleave(size // k, dim)

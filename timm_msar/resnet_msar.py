@@ -4,26 +4,26 @@ The networks are timm's own ResNets: the basic block takes the layer where it ta
 bottleneck block recalibrates its second convolution rather than its last (Section 3.4 and Figure 2).
 """
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import Tensor
 
-from .input_size import check_input_size
 from .recalibration import MultiScaleRecalibration
 from .warm_start import complete_gates
 
 __all__ = ['RecalibratedBottleneck', 'ResNetMsar']
 
-torch.fx.wrap('check_input_size')  # a symbolic tracer records the call
-
 
 class RecalibratedBottleneck(Bottleneck):
-    """timm's bottleneck block with the attention layer after the 3×3 convolution, its BN and ReLU."""
+    """timm's bottleneck block with the attention layer after the 3×3 convolution, its BN and ReLU (Section 3.4)."""
+
+    # What `warm_start` doubles: the next weight, since an activation may stand between bn2 and the layer.
+    doubled_in_warm_start = ('conv3.weight',)
 
     def __init__(self, *args, attn_layer, device=None, dtype=None, **kwargs):
         super().__init__(*args, attn_layer=None, device=device, dtype=dtype, **kwargs)
@@ -38,31 +38,24 @@ class RecalibratedBottleneck(Bottleneck):
         x = self.bn3(self.conv3(x))
         if self.drop_path is not None:
             x = self.drop_path(x)
-        return self.act3(x + shortcut)
+        x += shortcut
+        return self.act3(x)
 
 
 class ResNetMsar(ResNet):
-    """timm's ResNet with MS-SAR in its blocks.
+    """timm's ResNet, which completes plain weights when it loads them."""
 
-    Raises, beside what ResNet raises, ValueError in the forward pass where an image is smaller than the stride.
-    """
-
-    def __init__(self, *args, output_stride: int = 32, **kwargs):
-        super().__init__(*args, output_stride=output_stride, **kwargs)
-        self.output_stride = output_stride
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
         self.register_load_state_dict_pre_hook(complete_gates)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map images (B, in_chans, H, W) to logits (B, num_classes)."""
-        return self.forward_head(self.forward_features(check_input_size(x, self.output_stride)))
 
 
 def _create_resnet_msar(
     variant: str,
     pretrained: bool,
-    scales: tuple[int, ...],
-    rd_ratio: float,
-    strategy: str,
+    scales: Sequence[int] = (1, 2, 4),
+    rd_ratio: float = 1.0,
+    strategy: str = 'regional',
     **kwargs,
 ) -> ResNetMsar:
     layer = partial(MultiScaleRecalibration, scales=scales, rd_ratio=rd_ratio, strategy=strategy)
@@ -92,7 +85,7 @@ def _timm_cfg(source: str, **kwargs) -> dict[str, Any]:
         test_input_size=(3, 288, 288),
         test_crop_pct=1.0,
         origin_url='https://github.com/huggingface/pytorch-image-models',
-        **kwargs,
+        **{'crop_pct': 0.95, **kwargs},
     )
 
 
@@ -110,52 +103,34 @@ def _torchvision_cfg(source: str) -> dict[str, Any]:
 # strongest that ImageNet-1k alone and a permissive licence allow.
 default_cfgs = generate_default_cfgs(
     {
-        'resnet18_msar.warm_a1_in1k': _timm_cfg('resnet18.a1_in1k', crop_pct=0.95),
+        'resnet18_msar.warm_a1_in1k': _timm_cfg('resnet18.a1_in1k'),
         'resnet18_msar.warm_tv_in1k': _torchvision_cfg('resnet18.tv_in1k'),
         'resnet34_msar.warm_ra4_e3600_r224_in1k': _timm_cfg(
             'resnet34.ra4_e3600_r224_in1k', crop_pct=0.9, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)
         ),
         'resnet34_msar.warm_tv_in1k': _torchvision_cfg('resnet34.tv_in1k'),
-        'resnext50_msar.warm_a1h_in1k': _timm_cfg('resnext50_32x4d.a1h_in1k', crop_pct=0.95),
+        'resnext50_msar.warm_a1h_in1k': _timm_cfg('resnext50_32x4d.a1h_in1k'),
         'resnext50_msar.warm_tv_in1k': _torchvision_cfg('resnext50_32x4d.tv_in1k'),
     }
 )
 
 
 @register_model
-def resnet18_msar(
-    pretrained: bool = False,
-    scales: tuple[int, ...] = (1, 2, 4),
-    rd_ratio: float = 1.0,
-    strategy: str = 'regional',
-    **kwargs,
-) -> ResNetMsar:
+def resnet18_msar(pretrained: bool = False, **kwargs) -> ResNetMsar:
     """ResNet-18 with MS-SAR in each block, 13.09 M parameters."""
     model_args = dict(block=BasicBlock, layers=(2, 2, 2, 2))
-    return _create_resnet_msar('resnet18_msar', pretrained, scales, rd_ratio, strategy, **dict(model_args, **kwargs))
+    return _create_resnet_msar('resnet18_msar', pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
-def resnet34_msar(
-    pretrained: bool = False,
-    scales: tuple[int, ...] = (1, 2, 4),
-    rd_ratio: float = 1.0,
-    strategy: str = 'regional',
-    **kwargs,
-) -> ResNetMsar:
+def resnet34_msar(pretrained: bool = False, **kwargs) -> ResNetMsar:
     """ResNet-34 with MS-SAR in each block, 24.33 M parameters."""
     model_args = dict(block=BasicBlock, layers=(3, 4, 6, 3))
-    return _create_resnet_msar('resnet34_msar', pretrained, scales, rd_ratio, strategy, **dict(model_args, **kwargs))
+    return _create_resnet_msar('resnet34_msar', pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
-def resnext50_msar(
-    pretrained: bool = False,
-    scales: tuple[int, ...] = (1, 2, 4),
-    rd_ratio: float = 0.25,
-    strategy: str = 'regional',
-    **kwargs,
-) -> ResNetMsar:
+def resnext50_msar(pretrained: bool = False, **kwargs) -> ResNetMsar:
     """ResNeXt-50 32x4d with MS-SAR in each block, 27.57 M parameters; `rd_ratio` is what the paper's count implies."""
-    model_args = dict(block=RecalibratedBottleneck, layers=(3, 4, 6, 3), cardinality=32, base_width=4)
-    return _create_resnet_msar('resnext50_msar', pretrained, scales, rd_ratio, strategy, **dict(model_args, **kwargs))
+    model_args = dict(block=RecalibratedBottleneck, layers=(3, 4, 6, 3), cardinality=32, base_width=4, rd_ratio=0.25)
+    return _create_resnet_msar('resnext50_msar', pretrained, **dict(model_args, **kwargs))

@@ -1,51 +1,99 @@
 """Start an MS-SAR network from the weights of its plain network, computing the same function to the last bit
 
-A checkpoint without gate weights is completed as it is loaded. The last BN of each gate starts with weight and bias 0,
-so every gate is sigmoid(0) = 0.5, where its gradient is largest, and the weights before the gate are doubled in turn.
-A factor of two changes no bit of a mantissa, and ReLU and pooling between the two keep it: logits are equal, not close.
+The last BN of each gate starts with weight and bias 0, so every gate is sigmoid(0) = 0.5, its gradient is largest, and
+one weight next to the gate is doubled in turn: one that is linear in the gated tensor, with no activation between.
+A factor of two changes no bit of a mantissa, so logits are equal, not close. The price: under SGD the doubled weight
+moves by a quarter, relative to its size, of what it would move in the plain network.
+
+The networks of this package complete a plain checkpoint by themselves when it is loaded. `start_from_plain` does it for
+timm's own ResNets that were given the layer by `block_args=dict(attn_layer=MultiScaleRecalibration)`.
 """
 
+import logging
 from typing import Any
 
 import torch
+from timm.models.resnet import BasicBlock, Bottleneck
 from torch import Tensor, nn
 
 from .recalibration import MultiScaleRecalibration
+
+_logger = logging.getLogger(__name__)
+
+# timm's own blocks have their attention layer behind these norms, and add the shortcut to its output.
+DOUBLED: dict[type[nn.Module], tuple[str, ...]] = {
+    BasicBlock: ('bn2.weight', 'bn2.bias'),
+    Bottleneck: ('bn3.weight', 'bn3.bias'),
+}
+
+
+def start_from_plain(model: nn.Module, state_dict: dict[str, Tensor]) -> None:
+    """Load weights of the plain network, or of its SE network without the SE layers, into a network with MS-SAR.
+
+    With plain weights the network computes what the plain one computes, to the last bit. With SE weights it does not,
+    since their gates are gone, and a warning says so.
+
+    Args:
+        model: A network of this package, or a ResNet of timm's with the layer in its blocks.
+        state_dict: Weights of the network without MS-SAR, with as many classes.
+
+    Raises:
+        ValueError: The model has no MS-SAR layer, or one in a block of which it is not known what follows the layer.
+        RuntimeError: PyTorch's error where a key is missing or unexpected, or a shape differs.
+    """
+    layers = _layers(model)
+    if not layers:
+        raise ValueError(f'{type(model).__name__} has no MultiScaleRecalibration layer to start.')
+    for name in layers:
+        if not _doubled(model, name):
+            block = type(model.get_submodule(name.rpartition('.')[0])).__name__
+            raise ValueError(
+                f'{name} is in a block {block}, of which it is not known which weight follows the layer: start it from '
+                'plain weights in a BasicBlock or Bottleneck of timm.models.resnet, or in a network of timm_msar.'
+            )
+    own = model.state_dict().keys()
+    of_se = [key for key in state_dict if key not in own and key.startswith(tuple(f'{name}.' for name in layers))]
+    if of_se:
+        _logger.warning(
+            f'{len(of_se)} tensors of SE layers, the first {of_se[0]}, have no place beside MS-SAR and are dropped: '
+            'the network does not compute what it computed with them.'
+        )
+    completed = {key: value for key, value in state_dict.items() if key not in of_se}
+    complete_gates(model, completed, '')
+    model.load_state_dict(completed)
 
 
 def complete_gates(model: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
     """Complete a state dict of the plain network; for `register_load_state_dict_pre_hook` of a network.
 
+    A state dict that has some of the gates, or not what stands next to all of them, is left alone for PyTorch to judge.
+
     Args:
         model: The network that loads.
-        state_dict: What it loads; gate weights are added to it and weights before the gates replaced.
+        state_dict: What it loads; gate weights are added to it, and the weights next to the gates replaced.
         prefix: The network's name in `state_dict`.
-
-    Raises:
-        RuntimeError: Some gate weights are there and some are not.
     """
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, MultiScaleRecalibration)}
+    layers = _layers(model)
     gates = {
         f'{prefix}{name}.{key}': value for name, layer in layers.items() for key, value in layer.state_dict().items()
     }
-    # Checkpoints of PyTorch before 0.4 have no counters, and PyTorch does not ask for them.
-    missing = [key for key in gates if key not in state_dict and not key.endswith('num_batches_tracked')]
-    if missing and any(key in state_dict for key in gates):
-        raise RuntimeError(
-            f'{len(missing)} of {len(gates)} gate weights are missing from the checkpoint, the first is {missing[0]}: '
-            'load one that has all of them, or one of the plain network, which has none.'
-        )
-    before = [f'{prefix}{key}' for name in layers for key in _weights_before(model, name.rpartition('.')[0])]
-    if not missing or not all(key in state_dict for key in before):
+    doubled = [f'{prefix}{key}' for name in layers for key in _doubled(model, name)]
+    if any(key in state_dict for key in gates) or not all(key in state_dict for key in doubled):
         return
-    for key in before:
+    for key in doubled:
         state_dict[key] = 2 * state_dict[key]
     for key, value in gates.items():
         closed = key.endswith(('bn2.weight', 'bn2.bias'))
         state_dict[key] = torch.zeros_like(value) if closed else value
 
 
-def _weights_before(model: nn.Module, block: str) -> list[str]:
-    """Names of the weights that scale what the gate of a block recalibrates: a BN's, or a dense layer's convolution."""
-    names = ('bn2.weight', 'bn2.bias') if hasattr(model.get_submodule(block), 'bn2') else ('conv2.weight',)
-    return [f'{block}.{name}' for name in names]
+def _layers(model: nn.Module) -> dict[str, MultiScaleRecalibration]:
+    return {name: m for name, m in model.named_modules() if isinstance(m, MultiScaleRecalibration)}
+
+
+def _doubled(model: nn.Module, layer: str) -> list[str]:
+    """Names of the weights to double for a layer; none where it is not known."""
+    name = layer.rpartition('.')[0]
+    block = model.get_submodule(name)
+    weights = getattr(block, 'doubled_in_warm_start', None) or DOUBLED.get(type(block), ())
+    return [f'{name}.{weight}' for weight in weights]

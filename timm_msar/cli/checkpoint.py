@@ -10,7 +10,6 @@ word. They are compared here, before anything is loaded.
 """
 
 import argparse
-import csv
 import math
 import pickle
 import zipfile
@@ -19,11 +18,11 @@ from typing import Any, NamedTuple
 
 import timm
 import torch
-import yaml
 from timm.models import clean_state_dict
 from torch import nn
 
-from .errors import CommandError, first_line
+from .errors import CommandError, first_line, one_sentence
+from .run_folder import check_arguments, read_arguments, read_summary
 
 
 class Trained(NamedTuple):
@@ -71,19 +70,18 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     Raises:
         CommandError: If the file is missing, damaged, holds anything but data, or is no checkpoint of train.py.
     """
-    if not path.is_file():
-        raise CommandError(f'there is no file {path}; give the model_best.pth.tar or last.pth.tar of train.py')
+    with one_sentence(f'cannot read {path}', advice='give the model_best.pth.tar or last.pth.tar of train.py'):
+        if path.exists() and not path.is_file():
+            raise OSError(0, 'it is not a file')  # a fifo would be waited for
+        with path.open('rb') as file:
+            is_zip = zipfile.is_zipfile(file)
+    if not is_zip:
+        raise CommandError(
+            f'{path} is not a checkpoint, or is cut off: train.py writes a zip file, and this is not one'
+        )
     try:
-        if not zipfile.is_zipfile(path):
-            raise CommandError(
-                f'{path} is not a checkpoint, or is cut off: train.py writes a zip file, and this is not one'
-            )
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
-    except CommandError:
-        raise
-    except PermissionError as error:
-        raise CommandError(f'{path} cannot be read: {error.strerror}') from error
     except Exception as error:  # a damaged zip file makes zipfile raise errors of many kinds
         raise CommandError(f'{path} is damaged ({first_line(error)}); copy or train it again') from error
     if damaged is not None:
@@ -98,7 +96,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         ) from error
     except Exception as error:  # the file is a zip file, and can hold anything
         raise CommandError(f'{path} is not a checkpoint of train.py ({first_line(error)})') from error
-    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get('epoch'), int):
+    if not isinstance(checkpoint, dict) or type(checkpoint.get('epoch')) is not int:
         raise CommandError(f'{path} is not a checkpoint of train.py: it has no `epoch` and `state_dict`')
     return checkpoint
 
@@ -116,32 +114,22 @@ def _arguments(checkpoint: dict[str, Any], path: Path) -> dict[str, Any]:
     """The arguments as train.py used them are in the checkpoint; a cleaned checkpoint may have lost them."""
     args = checkpoint.get('args')
     if isinstance(args, argparse.Namespace):
-        args = vars(args)
-    else:
-        try:
-            args = yaml.safe_load(path.with_name('args.yaml').read_text(encoding='utf-8'))
-        except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
-            raise CommandError(
-                f'{path} does not hold the arguments of its training, and the args.yaml beside it cannot be read '
-                f'({type(error).__name__}); put the args.yaml of train.py there'
-            ) from error
-    if not isinstance(args, dict) or not isinstance(args.get('model'), str):
-        raise CommandError(f'the arguments of {path} do not name a model; put the args.yaml of train.py beside it')
-    return args
+        return check_arguments(vars(args), path)
+    try:
+        return read_arguments(path.parent)
+    except CommandError as error:
+        raise CommandError(f'{path} does not hold the arguments of its training, and {error}') from error
 
 
 def _rebuild(args: dict[str, Any], state_dict: Any, path: Path) -> nn.Module:
-    if not isinstance(state_dict, dict) or not all(isinstance(value, torch.Tensor) for value in state_dict.values()):
-        raise CommandError(f'{path} is not a checkpoint of train.py: its weights are not a table of tensors')
-    state_dict = clean_state_dict(state_dict)
-    for name, tensor in state_dict.items():
-        if tensor.is_floating_point() and not tensor.isfinite().all():
-            raise CommandError(f'{path} has NaN or infinite numbers in {name}: the training diverged')
+    """Make the network again and give it the weights, if they are complete, of its shapes, and finite."""
     input_size = args.get('input_size')
     in_chans = args.get('in_chans') or (input_size[0] if input_size else 3)
     try:
         model = timm.create_model(
             args['model'],
+            pretrained=False,
+            checkpoint_path='',
             num_classes=args.get('num_classes'),
             in_chans=in_chans,
             global_pool=args.get('gp'),
@@ -151,50 +139,60 @@ def _rebuild(args: dict[str, Any], state_dict: Any, path: Path) -> nn.Module:
         )
     except Exception as error:  # timm has no common class for arguments that a model does not take
         raise CommandError(f'the network of {path} cannot be built again: {first_line(error)}') from error
-    _check_fit(model, state_dict, f'the weights in {path} are not those of {args["model"]}')
-    model.load_state_dict(state_dict)
+    # A file can hold tensors that PyTorch makes and then can do nothing with.
+    with one_sentence(f'the weights in {path} cannot be used', RuntimeError, TypeError):
+        if not isinstance(state_dict, dict) or not all(
+            isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in state_dict.items()
+        ):
+            raise CommandError(f'{path} is not a checkpoint of train.py: its weights are not a table of tensors')
+        state_dict = clean_state_dict(state_dict)
+        if args.get('split_bn'):  # the statistics of further augmentations, which only training uses
+            state_dict = {name: value for name, value in state_dict.items() if '.aux_bn.' not in name}
+        _check_weights(model, state_dict, args['model'], path)
+        model.load_state_dict(state_dict)
     return model.eval()
 
 
-def _check_fit(model: nn.Module, state_dict: dict[str, torch.Tensor], message: str) -> None:
-    """Compare names and shapes; load_state_dict alone would let a network's own hooks fill in what is missing."""
-    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    found = {name: tuple(tensor.shape) for name, tensor in state_dict.items()}
-    for problem, names in (
-        ('missing', [name for name in wanted if name not in found]),
-        ('not in the network', [name for name in found if name not in wanted]),
+def _check_weights(model: nn.Module, state_dict: dict[str, torch.Tensor], name: str, path: Path) -> None:
+    """Compare names and shapes, since load_state_dict alone would let a network's own hooks fill in what is missing.
+
+    Shapes come before values: a file of a few bytes can hold a tensor of terabytes, one element expanded.
+    """
+    message, wanted = f'the weights in {path} are not those of {name}', model.state_dict()
+    for problem, keys in (
+        ('missing', [key for key in wanted if key not in state_dict]),
+        ('not in the network', [key for key in state_dict if key not in wanted]),
     ):
-        if names:
-            raise CommandError(f'{message}: {len(names)} tensors are {problem}, the first is {names[0]}')
-    for name, shape in wanted.items():
-        if found[name] != shape:
+        if keys:
+            raise CommandError(f'{message}: {len(keys)} tensors are {problem}, the first is {keys[0]}')
+    for key, own in wanted.items():
+        tensor = state_dict[key]
+        if tensor.shape != own.shape:
             raise CommandError(
-                f'{message} with {getattr(model, "num_classes", "its")} classes: {name} is {found[name]}, not {shape}'
+                f'{message} with {getattr(model, "num_classes", "its")} classes: '
+                f'{key} is {tuple(tensor.shape)}, not {tuple(own.shape)}'
             )
+        if (tensor.layout, tensor.device.type, tensor.is_quantized) != (torch.strided, 'cpu', False) or (
+            tensor.is_complex() or tensor.is_floating_point() != own.is_floating_point()
+        ):
+            raise CommandError(f'{message}: {key} is a tensor of {tensor.dtype}, {tensor.layout}, {tensor.device}')
+        if not tensor.to(own.dtype).isfinite().all():
+            raise CommandError(f'{path} has NaN or infinite numbers in {key}: the training diverged')
 
 
 def _results(checkpoint: dict[str, Any], args: dict[str, Any], path: Path) -> dict[str, float]:
     """What validation measured in this epoch; the checkpoint's own metric shows that the summary is of the same run."""
-    summary, epoch, metric = path.with_name('summary.csv'), checkpoint['epoch'], args.get('eval_metric') or 'top1'
-    if checkpoint.get('metric') is None:
+    summary, epoch, name = path.with_name('summary.csv'), checkpoint['epoch'], args.get('eval_metric') or 'top1'
+    metric = checkpoint.get('metric')
+    if not isinstance(metric, (int, float)):
         raise CommandError(f'{path} was never validated (a recovery checkpoint?); give model_best or last.pth.tar')
-    try:
-        with open(summary, newline='', encoding='utf-8') as file:
-            rows = [row for row in csv.DictReader(file) if row.get('epoch') == str(epoch)]
-    except (OSError, csv.Error, UnicodeDecodeError) as error:
-        raise CommandError(f'the results of {path} cannot be read from {summary} ({type(error).__name__})') from error
-    results = {}
-    for name in ('top1', 'top5', 'loss'):
-        try:
-            # a resumed run writes an epoch again, so the last row counts
-            results[name] = float(rows[-1][f'eval_{name}'])
-        except (IndexError, KeyError, TypeError, ValueError):
-            continue
-    if metric not in results or not all(math.isfinite(value) for value in results.values()):
-        raise CommandError(f'{summary} has no eval_{metric} for epoch {epoch}, so there is no result to publish')
-    if not math.isclose(results[metric], checkpoint['metric'], rel_tol=1e-6):
+    row = next((row for row in read_summary(summary) if row['epoch'] == epoch), {})
+    results = {key: row[f'eval_{key}'] for key in ('top1', 'top5', 'loss') if f'eval_{key}' in row}
+    if name not in results or not all(math.isfinite(value) for value in results.values()):
+        raise CommandError(f'{summary} has no eval_{name} for epoch {epoch}, so there is no result to publish')
+    if not math.isclose(results[name], metric, rel_tol=1e-6):
         raise CommandError(
-            f'{summary} is of another run: it has eval_{metric} {results[metric]} for epoch {epoch}, '
-            f'and the checkpoint {checkpoint["metric"]}'
+            f'{summary} is of another run: it has eval_{name} {results[name]} for epoch {epoch}, '
+            f'and the checkpoint {metric}'
         )
     return results

@@ -10,8 +10,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import timm
-import torch
-import torch.nn as nn
 
 from ..cifar_densenet import Transition
 from .multiply_adds import multiply_adds
@@ -39,40 +37,6 @@ class Row:
     note: str = ''
     model_args: dict[str, Any] = field(default_factory=dict)
     transitions: bool = True
-
-
-def count(model: nn.Module, input_size: tuple[int, int, int], transitions: bool = True) -> tuple[int, int, int]:
-    """Count parameters, multiply-adds, and activations (values that convolutions and linear layers put out).
-
-    Args:
-        model: The network, on any device; 'meta' counts without computing.
-        input_size: Channels, height and width of the one image.
-        transitions: Whether a DenseNet's transitions count, in multiply-adds and activations.
-
-    Returns:
-        Parameters, multiply-adds, activations.
-    """
-    macs = activations = 0
-
-    def add(module: nn.Module, _: Any, output: torch.Tensor) -> None:
-        nonlocal macs, activations
-        # An output value takes one multiplication for each weight that leads to it.
-        macs += output.numel() * module.weight[0].numel()  # type: ignore[index, operator, union-attr]
-        activations += output.numel()
-
-    left_out = set() if transitions else {m for t in model.modules() if isinstance(t, Transition) for m in t}
-    counted = [m for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear)) and m not in left_out]
-    hooks = [module.register_forward_hook(add) for module in counted]
-    training = model.training
-    weight = next(model.parameters())
-    try:
-        with torch.no_grad():
-            model.eval()(torch.zeros(1, *input_size, device=weight.device, dtype=weight.dtype))
-    finally:
-        model.train(training)
-        for hook in hooks:
-            hook.remove()
-    return sum(p.numel() for p in model.parameters()), macs, activations
 
 
 def rows() -> list[Row]:

@@ -17,6 +17,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from safetensors import SafetensorError
 from timm.data import create_loader
 from timm.models import save_for_hf
 from timm.optim import create_optimizer_v2
@@ -25,9 +26,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from .errors import CommandError
-from .export import disk_errors
 from ..recalibration import MultiScaleRecalibration
+from .errors import CommandError, one_sentence
 
 # Of the loader and of the saved network, so that who loads it prepares images as they were here.
 DATA_CONFIG: dict[str, Any] = {
@@ -89,7 +89,7 @@ def main(args: argparse.Namespace) -> None:
     torch.manual_seed(args.seed)
     start = time.monotonic()
     try:
-        with disk_errors(args.output):
+        with one_sentence(f'cannot write {args.output}', SafetensorError, advice='nothing was kept'):
             # Written aside: a demo that is cut off must not take away an earlier one.
             partial.mkdir(parents=True)
             model, accuracy = train(args.epochs)
@@ -180,7 +180,7 @@ def draw(model: torch.nn.Module, images: Tensor, path: Path, count: int = 8) -> 
     gates: list[np.ndarray] = []
 
     def keep(layer: MultiScaleRecalibration, inputs: tuple[Tensor, ...]) -> None:
-        gates.append(layer.gates(*inputs).mean(1).numpy())
+        gates.append(torch.stack(list(layer.gates(*inputs).values())).mean((0, 2)).numpy())
 
     hooks = [layer.register_forward_pre_hook(keep) for layer in layers]
     with torch.inference_mode():

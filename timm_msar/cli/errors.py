@@ -28,6 +28,6 @@ def one_sentence(failure: str, *others: type[Exception], advice: str = '') -> It
     """
     try:
         yield
-    except (OSError, ValueError, *others) as error:
+    except (OSError, ValueError, *others) as error:  # type: ignore[misc]
         reason = error.strerror if isinstance(error, OSError) and error.strerror else first_line(error)
         raise CommandError(f'{failure}: {reason}{f"; {advice}" if advice else ""}') from error

@@ -5,30 +5,25 @@ gets its name only when the network loaded from it computes the same logits as t
 """
 
 import argparse
-import os
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+import hashlib
+import json
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
+from PIL import Image
 from safetensors import SafetensorError
-from timm.data import resolve_data_config
+from timm.data import create_transform, resolve_data_config
 from timm.models import save_for_hf
 
 from .checkpoint import Trained, load_trained
-from .errors import CommandError
-from .model_card import model_card
+from .errors import CommandError, first_line, one_sentence
+from .model_card import as_markdown, model_card
 from .training_data import training_data
+from .written_aside import written_aside
 
-TOLD_ARGUMENTS = {
-    'opt': 'optimizer',
-    'lr': 'learning rate',
-    'batch_size': 'batch size (of one process)',
-    'weight_decay': 'weight decay',
-    'seed': 'seed',
-}
+TOLD_ARGUMENTS = {'opt': 'optimizer', 'lr': 'learning rate', 'weight_decay': 'weight decay', 'seed': 'seed'}
 
 
 def add_checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
@@ -60,37 +55,14 @@ def main(args: argparse.Namespace) -> None:
         CommandError: If the checkpoint is not what it should be, or the folder cannot be written.
     """
     output = args.output
-    if output.exists():
-        raise CommandError(f'{output} exists already; delete it or give another --output')
-    trained = load_trained(args.checkpoint, args.ema)
-    aside = output.with_name(f'.{output.name}.{os.getpid()}.partial')
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        aside.mkdir()
-    except OSError as error:
-        raise CommandError(f'cannot write to {output.parent}: {error.strerror}') from error
-    try:
-        with disk_errors(output):
+    with one_sentence(f'cannot write {output}', SafetensorError, advice='nothing was kept'):
+        if output.exists():
+            raise CommandError(f'{output} exists already; delete it or give another --output')
+        trained = load_trained(args.checkpoint, args.ema)
+        with written_aside(output) as aside:
             write_folder(trained, aside, f'local-dir:{output.name}', args.checkpoint)
-            aside.rename(output)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
     print(f'{describe(trained)}\n{output} is ready; after import timm, timm_msar:')
     print(f'timm.create_model("local-dir:{output}", pretrained=True)')
-
-
-@contextmanager
-def disk_errors(folder: Path) -> Iterator[None]:
-    """Tell errors in writing in one sentence.
-
-    Raises:
-        CommandError: In place of the error.
-    """
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        raise CommandError(f'cannot write {folder}: {reason}; nothing was kept') from error
 
 
 def describe(trained: Trained) -> str:
@@ -105,42 +77,98 @@ def write_folder(trained: Trained, folder: Path, model_id: str, checkpoint: Path
 
     Args:
         trained: What `load_trained` gave.
-        folder: Existing, empty folder.
+        folder: Folder to make, or an empty one.
         model_id: What its reader loads it by, `hf-hub:ME/MODEL.TAG` or `local-dir:MODEL.TAG`.
         checkpoint: Where the network came from; the name of its folder is the tag where `model_id` has none.
 
     Raises:
-        CommandError: If what was written does not compute the same.
+        CommandError: The network or its data config cannot be used, or what was written does not compute the same.
+        OSError: The folder cannot be written.
+        SafetensorError: The weights cannot be written.
     """
     model, args = trained.model, trained.args
     data = training_data(args, model.num_classes)
-    tag = model_id.rpartition('/')[2].partition('.')[2] or checkpoint.resolve().parent.name
+    data_config = _data_config(trained, checkpoint)
+    image = torch.randn(2, *data_config['input_size'], generator=torch.Generator().manual_seed(0))
+    size = 'x'.join(map(str, data_config['input_size']))
+    with (
+        one_sentence(f'the network of {checkpoint} takes no image of {size}', RuntimeError, TypeError),
+        torch.no_grad(),
+    ):
+        expected = model(image)
+
     # A file in place of timm's weights may hold anything, so then the base is not known.
     from_hub = args.get('pretrained') and not (args.get('pretrained_path') or args.get('initial_checkpoint'))
     base_model = model.pretrained_cfg.get('hf_hub_id') if from_hub else None
+    tag = model_id.rpartition('/')[2].partition('.')[2] or checkpoint.resolve().parent.name
     model_config = {'pretrained_cfg': {'tag': tag}, 'label_names': data.classes}
-    data_config = resolve_data_config(args, model=model)  # as train.py does it for its own validation
     save_for_hf(model, folder, model_config=model_config, safe_serialization=True, data_config=data_config)
+    sha256 = _complete_config(folder, bool(base_model))
 
     source = f'local-dir:{folder}'
-    card = model_card(source, model_id, data, trained.results, _description(trained), base_model)
+    card = model_card(source, model_id, data, trained.results, _description(trained), base_model, sha256)
     (folder / 'README.md').write_text(card, encoding='utf-8')
 
     loaded = timm.create_model(source, pretrained=True).eval()
-    image = torch.randn(2, *data_config['input_size'], generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        if not torch.equal(loaded(image), model(image)):
-            raise CommandError(
-                f'{model_id} loaded back computes other logits than {checkpoint}; it is not exported. '
-                'An argument of its training that config.json cannot hold may be the reason'
-            )
+        same = torch.equal(loaded(image), expected) and _sha256(folder / 'model.safetensors') == sha256
+    if not same:
+        raise CommandError(
+            f'{model_id} loaded back computes other logits than {checkpoint}; it is not exported. '
+            'An argument of its training that config.json cannot hold may be the reason'
+        )
+
+
+def _data_config(trained: Trained, checkpoint: Path) -> dict[str, Any]:
+    """What timm's transform needs to know about the images, from the arguments, after transforming one."""
+    try:
+        config = resolve_data_config(trained.args, model=trained.model)  # as train.py does it for its own validation
+        image = Image.new({1: 'L', 4: 'RGBA'}.get(config['input_size'][0], 'RGB'), (50, 40))
+        shape, wanted = create_transform(**config)(image).shape, tuple(config['input_size'])
+    except Exception as error:  # timm and torchvision have no common class for values that they cannot use
+        raise CommandError(
+            f'images cannot be prepared with the mean, std, interpolation and crop of {checkpoint}: {first_line(error)}'
+        ) from error
+    if len(config['mean']) != wanted[0] or len(config['std']) != wanted[0] or shape[1:] != wanted[1:]:
+        raise CommandError(f'the mean and std of {checkpoint} are not for {wanted[0]} channels')
+    return config
+
+
+def _complete_config(folder: Path, has_base: bool) -> str:
+    """Add the checksum of the weights to config.json, take out what is not true of them, and return the checksum."""
+    path = folder / 'config.json'
+    config = json.loads(path.read_text(encoding='utf-8'))
+    if not has_base:  # these are facts about weights from which the training did not start
+        for key in ('origin_url', 'license', 'notes', 'paper_ids', 'paper_name'):
+            config['pretrained_cfg'].pop(key, None)
+    config.get('model_args', {}).pop('num_classes', None)  # is there already; transformers refuses to have it twice
+    config['weights_sha256'] = _sha256(folder / 'model.safetensors')
+    path.write_text(json.dumps(config, indent=2), encoding='utf-8')
+    return config['weights_sha256']
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _description(trained: Trained) -> str:
     args = trained.args
     weights = 'Exponential moving average of the weights' if trained.ema else 'Weights'
     facts = [f'{weights} after {trained.epoch + 1} of {args.get("epochs", "?")} epochs']
-    facts += [f'{name} {args[key]}' for key, name in TOLD_ARGUMENTS.items() if args.get(key) is not None]
+    facts += [
+        f'{name} {as_markdown(str(args[key]))}' for key, name in TOLD_ARGUMENTS.items() if args.get(key) is not None
+    ]
+    if args.get('batch_size'):
+        facts.append(_batch_size(args['batch_size'], args.get('grad_accum_steps') or 1, args.get('world_size')))
     fine_tuned = args.get('pretrained') or args.get('initial_checkpoint')
     start = ', fine-tuned from pretrained weights' if fine_tuned else ''
     return f"Trained with timm's train.py{start}. {', '.join(facts)}."
+
+
+def _batch_size(images: int, steps: int, processes: int | None) -> str:
+    """The images of one update; args.yaml does not say how many processes there were, a checkpoint does."""
+    if processes is None:
+        return f'batch size {images * steps} of each process'
+    parts = [(processes, 'processes'), (images, 'images'), (steps, 'accumulated steps')]
+    told = ' × '.join(f'{number} {name}' for number, name in parts if number > 1)
+    return f'batch size {processes * images * steps}' + (f' ({told})' if processes * steps > 1 else '')

@@ -1,5 +1,6 @@
 """Fill the template of a model card, `hub_cards/template.md`: timm's sections, with front matter for the Hub."""
 
+import re
 from importlib.resources import files
 from pathlib import Path
 from string import Template
@@ -9,15 +10,15 @@ import timm
 import torch
 from huggingface_hub import EvalResult, ModelCardData
 
-from .costs import count
 from ..recalibration import MultiScaleRecalibration
+from .multiply_adds import multiply_adds
 from .training_data import TrainingData
 
 IMAGE_URL = 'https://huggingface.co/datasets/huggingface/documentation-images/resolve/main/beignets-task-guide.png'
 REQUIREMENT = (
     ' It needs the package `timm-msar`: importing it registers the network, and without it timm says "Unknown model".'
 )
-METRICS = {'top1': 'Top-1 accuracy', 'top5': 'Top-5 accuracy'}
+METRICS = {'top1': ('accuracy', 'Top-1 accuracy'), 'top5': ('top_5_accuracy', 'Top-5 accuracy')}
 
 
 def card_folder() -> Path:
@@ -33,7 +34,7 @@ def model_card(
     results: dict[str, float],
     description: str,
     base_model: str | None = None,
-    comparison: str = '',
+    sha256: str = '',
 ) -> str:
     """Write a model card.
 
@@ -42,9 +43,9 @@ def model_card(
         model_id: What the reader's `timm.create_model` loads it by: `hf-hub:ME/NAME`, or a registered name.
         data: What it was trained on.
         results: Measured `top1` and `top5` in percent; they go into the model index.
-        description: A paragraph on how it was trained.
+        description: A paragraph on how it was trained, in Markdown.
         base_model: Repository of the weights that it started from.
-        comparison: Text after the table with the network's own results.
+        sha256: Checksum of model.safetensors.
 
     Returns:
         The text of README.md.
@@ -52,12 +53,13 @@ def model_card(
     model: Any = timm.create_model(source).eval()
     cfg = model.pretrained_cfg
     in_chans, height, width = cfg['input_size']
-    params, macs, activations = count(model, (in_chans, height, width))
-    title = model_id.rpartition('/')[2].removeprefix('local-dir:')
+    params = sum(parameter.numel() for parameter in model.parameters())
+    macs = multiply_adds(model, (in_chans, height, width))
+    title, dataset = as_markdown(model_id.rpartition('/')[2].removeprefix('local-dir:')), as_markdown(data.name)
     shapes, unpooled = _feature_shapes(source, model)
     own = (title, *(f'{results[name]:.2f}' if name in results else 'not measured' for name in METRICS))
     table = [('Model', 'Top-1 (%)', 'Top-5 (%)'), ('---', '---', '---'), own]
-    measured = f'Measured on the {data.split} split of {data.name}.\n\n' if results else ''
+    measured = f'Measured on the {as_markdown(data.split)} split of {dataset}.\n\n' if results else ''
     metadata = ModelCardData(
         license=cfg.get('license') or 'apache-2.0',
         library_name='timm',
@@ -77,19 +79,25 @@ def model_card(
         'description': description,
         'params': f'{params / 1e6:.2f}',
         'gmacs': f'{macs / 1e9:.3f}',
-        'activations': f'{activations / 1e6:.2f}',
         'image_size': f'{height} x {width}',
         'classes': _classes(data, model.num_classes),
-        'dataset': data.name,
-        'model_id': model_id,
+        'dataset': dataset,
+        'sha256': sha256,
+        'model_id': repr(model_id),
         'image_url': IMAGE_URL,
         'image_mode': {1: 'L', 4: 'RGBA'}.get(in_chans, 'RGB'),
         'topk': str(min(5, model.num_classes)),
         'feature_shapes': '\n'.join(f'    #  torch.Size({list(shape)})' for shape in shapes),
         'unpooled_shape': tuple(unpooled),
-        'comparison': measured + '\n'.join(f'| {" | ".join(row)} |' for row in table) + f'\n\n{comparison}'.rstrip(),
+        'comparison': measured + '\n'.join(f'| {" | ".join(row)} |' for row in table),
     }
     return Template((card_folder() / 'template.md').read_text(encoding='utf-8')).substitute(names)
+
+
+def as_markdown(text: str) -> str:
+    """Write a name so that Markdown shows it as it is, in one line."""
+    printable = ''.join(letter if letter.isprintable() else ' ' for letter in text)
+    return re.sub(r'([\\`*\[\]<>|~&#])', r'\\\1', ' '.join(printable.split()))
 
 
 def _is_from_here(model: torch.nn.Module) -> bool:
@@ -103,7 +111,7 @@ def _is_recalibrated(model: torch.nn.Module) -> bool:
 def _classes(data: TrainingData, num_classes: int) -> str:
     if not data.classes:
         return str(num_classes)
-    names = ', '.join(data.classes[:10])
+    names = ', '.join(map(as_markdown, data.classes[:10]))
     return f'{num_classes} ({names}{", ..." if len(data.classes) > 10 else ""})'
 
 
@@ -114,11 +122,11 @@ def _eval_results(data: TrainingData, results: dict[str, float]) -> list[EvalRes
             dataset_type=data.hub_id or data.name,
             dataset_name=data.name,
             dataset_split=data.split,
-            metric_type='accuracy',
+            metric_type=metric,
             metric_name=name,
             metric_value=round(results[key] / 100, 6),  # the Hub's accuracy is a fraction
         )
-        for key, name in METRICS.items()
+        for key, (metric, name) in METRICS.items()
         if key in results
     ]
 

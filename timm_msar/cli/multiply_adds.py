@@ -6,7 +6,7 @@ import torch
 import torch.nn as nn
 from torch.utils.flop_counter import FlopCounterMode
 
-aten = torch.ops.aten
+from ..recalibration import Gate
 
 
 def multiply_adds(
@@ -17,17 +17,18 @@ def multiply_adds(
     Args:
         model: The network, on any device.
         input_size: Channels, height and width of the image.
-        without: Submodules of these classes do not count.
+        without: Layers inside submodules of these classes do not count.
     """
     meta = copy.deepcopy(model).to('meta').eval()
     image = torch.empty(1, *input_size, device='meta', dtype=next(meta.parameters()).dtype)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         meta(image)
     flops = counter.get_flop_counts()
-
-    def of(name: str) -> int:
-        # Other matrix products are means over regions, not layers. Two floating-point operations are one multiply-add.
-        return sum(flops[name].get(operation, 0) for operation in (aten.convolution, aten.addmm)) // 2
-
-    left_out = [name for name, module in meta.named_modules() if isinstance(module, without)]
-    return of('Global') - sum(of(f'{type(meta).__name__}.{name}') for name in left_out)
+    left_out = {layer for module in meta.modules() if isinstance(module, without) for layer in module.modules()}
+    # A gate is two linear layers. Matrix products outside of these modules are means over regions, which are no layers.
+    counted = (
+        flops[f'{type(meta).__name__}.{name}']
+        for name, module in meta.named_modules()
+        if isinstance(module, (nn.Conv2d, nn.Linear, Gate)) and module not in left_out
+    )
+    return sum(sum(operations.values()) for operations in counted) // 2  # a multiplication and an addition are one

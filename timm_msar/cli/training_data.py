@@ -2,11 +2,16 @@
 
 import json
 import os
+import re
+from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from timm.data import ImageNetInfo
+from timm.data import ImageNetInfo, is_img_extension
 from timm.utils import natural_key
+
+from .errors import CommandError
 
 HUB_DATASETS = {
     'cifar10': ('CIFAR-10', 'uoft-cs/cifar10', 'test'),
@@ -14,6 +19,7 @@ HUB_DATASETS = {
     'fashion_mnist': ('Fashion-MNIST', 'zalando-datasets/fashion_mnist', 'test'),
     'imagenet': ('ImageNet-1k', 'ILSVRC/imagenet-1k', 'validation'),
 }
+IMAGENET_IMAGES = 1_281_167  # for training
 
 
 class TrainingData(NamedTuple):
@@ -33,41 +39,71 @@ def training_data(args: dict[str, Any], num_classes: int) -> TrainingData:
     Args:
         args: Arguments of train.py.
         num_classes: Classes of the network; other than so many class names are not its own.
+
+    Raises:
+        CommandError: timm gives two classes of the folder the same place in their order.
     """
-    kind, _, name = (args.get('dataset') or '').rpartition('/')
+    kind, _, name = (args.get('dataset') or '').partition('/')
     split = args.get('val_split') or 'validation'
-    if kind.startswith(('hfds', 'hfids')):
-        hub_id = (args['dataset']).split('/', 1)[1]
-        return TrainingData(hub_id, hub_id, split)
-    if name in HUB_DATASETS:
+    if kind in ('hfds', 'hfids'):
+        return TrainingData(name, name if re.fullmatch(r'[\w.-]+/[\w.-]+', name) else None, split)
+    if kind in ('torch', 'tfds') and name in HUB_DATASETS:
         return TrainingData(*HUB_DATASETS[name])
     root = Path(args.get('data_dir') or args.get('data') or '')
-    if name or not root.name:
-        return TrainingData(name or 'unknown', None, split)
-    try:
-        facts = json.loads((root / 'dataset.json').read_text(encoding='utf-8'))  # written by `timm-msar data`
-        known, classes = HUB_DATASETS.get(facts['dataset']), tuple(facts['classes'])
-    except (OSError, ValueError, KeyError, TypeError):
+    if kind or not root.name:
+        return TrainingData(name or kind or 'unknown', None, split)
+    facts = _facts(root)
+    if facts is not None:
+        known, classes = HUB_DATASETS.get(facts[0]), facts[1]
+    else:
         known, classes = None, ()
         if not args.get('class_map'):  # a class map numbers the classes in another order
-            classes = _class_folders(root, args.get('train_split') or 'train')
-            if set(classes) == set(ImageNetInfo().label_names()):
+            images = _images(root, args.get('train_split') or 'train')
+            classes = _in_order_of_timm(images, root)
+            if set(classes) == set(ImageNetInfo().label_names()) and sum(images.values()) == IMAGENET_IMAGES:
                 known = HUB_DATASETS['imagenet']
     name, hub_id, split = known or (root.name, None, split)
     return TrainingData(name, hub_id, split, classes if len(classes) == num_classes else ())
 
 
-def _class_folders(root: Path, split: str) -> tuple[str, ...]:
-    """Names of the folders that hold files, in the order in which timm numbers them."""
-    folder = next((path for path in (root / split, root / 'train', root / 'training') if path.is_dir()), root)
+def _facts(root: Path) -> tuple[str, tuple[str, ...]] | None:
+    """The data set and its classes that `timm-msar data` wrote down, if it made the folder."""
     try:
+        facts = json.loads((root / 'dataset.json').read_text(encoding='utf-8'))
+        name, classes = facts['dataset'], facts['classes']
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+    whole = isinstance(name, str) and isinstance(classes, list) and all(isinstance(c, str) for c in classes)
+    return (name, tuple(classes)) if whole else None
+
+
+def _images(root: Path, split: str) -> dict[str, int]:
+    """How many images the class folders of the training split hold; none where they cannot be read."""
+    try:
+        folder = next((path for path in (root / split, root / 'train', root / 'training') if path.is_dir()), root)
         with os.scandir(folder) as entries:
-            names = [entry.name for entry in entries if entry.is_dir() and _holds_a_file(entry.path)]
+            counts = {entry.name: sum(_is_image(entry.path)) for entry in entries if entry.is_dir()}
     except OSError:
-        return ()
-    return tuple(sorted(names, key=natural_key))
+        return {}
+    return {name: count for name, count in counts.items() if count}
 
 
-def _holds_a_file(folder: str) -> bool:
+def _is_image(folder: str) -> Iterator[bool]:
     with os.scandir(folder) as entries:
-        return any(entry.is_file() for entry in entries)
+        yield from (is_img_extension(os.path.splitext(entry.name)[1].lower()) for entry in entries)
+
+
+def _in_order_of_timm(names: Any, root: Path) -> tuple[str, ...]:
+    """Sort as timm does, which takes '1' and '01', or 'Cat' and 'cat', for the same and then leaves it to chance."""
+    try:
+        places = {name: natural_key(name) for name in names}
+    except ValueError as error:  # of a name like '²', which timm cannot sort either
+        raise CommandError(f'timm cannot number the classes in {root}: {error}; rename their folders') from error
+    ordered = sorted(places, key=lambda name: places[name])
+    for one, other in pairwise(ordered):
+        if places[one] == places[other]:
+            raise CommandError(
+                f'{root} has the classes {one!r} and {other!r}, which timm numbers in an order left to chance, so '
+                'the names of the classes are not known; rename a folder and train again'
+            )
+    return tuple(ordered)

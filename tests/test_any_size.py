@@ -1,0 +1,101 @@
+"""A network that was traced, scripted, exported or compiled at one size is right at every other."""
+
+import pytest
+import timm
+import torch
+from torch import nn
+from torchvision.models.feature_extraction import create_feature_extractor
+
+from timm_msar import MultiScaleRecalibration
+from timm_msar.regions import average_by_definition, means_by_definition, recalibrate, regional_means
+
+SIZES = [(224, 224), (160, 160), (192, 192), (256, 256), (192, 320), (96, 96)]
+
+
+def network(**kwargs):
+    """resnet18_msar whose norms are nothing special: timm starts the last one of each block at 0, which hides gates."""
+    torch.manual_seed(0)
+    model = timm.create_model('resnet18_msar', num_classes=5, **kwargs)
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.weight.data.uniform_(0.5, 1.5)
+            module.bias.data.normal_(std=0.2)
+            module.running_mean.normal_(std=0.2)
+            module.running_var.uniform_(0.5, 2)
+    return model.eval()
+
+
+@torch.no_grad()
+def compare(model, other, sizes=SIZES):
+    for size in sizes:
+        x = torch.randn(2, 3, *size)
+        expected = model(x)
+        assert (other(x) - expected).abs().max() < 1e-5 * expected.abs().max(), size
+
+
+@pytest.mark.parametrize('scales', [[1, 2, 4], [1], [2, 1], [3, 4], [7], [5, 6, 7], [2, 3, 6, 4]], ids=str)
+@pytest.mark.parametrize('shape', [(8, 8), (7, 7), (14, 14), (28, 40), (3, 3), (1, 1), (5, 9)], ids=str)
+@pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last], ids=str)
+def test_the_fast_path_is_the_definition(shape, scales, memory_format):
+    x = torch.randn(2, 6, *shape, dtype=torch.float64).contiguous(memory_format=memory_format)
+    means = regional_means(x, scales)
+    for y, expected in zip(means, means_by_definition(x, scales), strict=True):
+        torch.testing.assert_close(y, expected)
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            out = recalibrate(x, means, scales)
+        torch.testing.assert_close(out, x * average_by_definition(means, x, scales))
+
+
+@pytest.mark.parametrize('strategy', ['regional', 'sliding'])
+def test_traced(strategy):
+    model = network(strategy=strategy)
+    with torch.no_grad():
+        traced = torch.jit.trace(model, torch.randn(2, 3, 224, 224))
+    compare(model, traced)
+
+
+def test_scripted_and_trained_on_one_image():
+    model = network()
+    scripted = torch.jit.script(model)
+    compare(model, scripted)
+    scripted.train()(torch.randn(1, 3, 64, 64)).sum().backward()
+
+
+def test_exported_with_symbolic_sizes():
+    model = network()
+    dims = {2: torch.export.Dim('height', min=64, max=1024), 3: torch.export.Dim('width', min=64, max=1024)}
+    exported = torch.export.export(model, (torch.randn(2, 3, 224, 224),), dynamic_shapes={'x': dims})
+    compare(model, exported.module())
+
+
+def test_compiled_for_seven_sizes_with_four_graphs_at_most():
+    model, graphs = network(), []
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    torch.compiler.reset()
+    compare(model, torch.compile(model, fullgraph=True, backend=backend), [*SIZES[:5], (288, 288), (320, 320)])
+    assert len(graphs) <= 4
+
+
+@pytest.mark.parametrize('training', [True, False])
+def test_traced_symbolically(training):
+    model = network().train(training)
+    torch.fx.symbolic_trace(model)
+    extractor = create_feature_extractor(model, ['layer4'])
+    x = torch.randn(2, 3, 96, 64)
+    torch.testing.assert_close(extractor.eval()(x)['layer4'], model.eval().forward_features(x))
+
+
+@pytest.mark.parametrize('size', [64, 96, 224])
+def test_a_hook_on_the_output_sees_its_gradient(size):
+    """The output is no view, whose hooks would miss the gradient after timm's `x += shortcut`."""
+    model, seen = network(), []
+    for layer in model.modules():
+        if isinstance(layer, MultiScaleRecalibration):
+            layer.register_forward_hook(lambda _, __, out: out.register_hook(seen.append) and None)
+    model(torch.randn(1, 3, size, size)).sum().backward()
+    assert len(seen) == 8
