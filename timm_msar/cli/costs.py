@@ -20,8 +20,8 @@ NOTES = {
     'b': "0.487 M without the gates' batch norms, which the paper's figure seems to leave out",
     'c': 'the paper leaves out the transitions, as does the next line',
     'd': "the paper's parameters and its FLOPs do not belong to one network; ours gives its FLOPs",
-    'e': "the plain nets have 11.69 M and 21.80 M parameters; the paper's +2.9 M and +5.6 M in the gates would cost 19 M "
-    'and 38 M multiply-adds, and its FLOPs leave room for 6 M and 16 M',
+    'e': "the plain nets have 11.69 M and 21.80 M parameters; the paper's +2.9 M and +5.6 M in the gates would cost "
+    '19 M and 38 M multiply-adds, and its FLOPs leave room for 6 M and 16 M',
     'f': "3.86 G is ResNet-50's figure; ResNeXt-50 32x4d has 4.23 G",
 }
 

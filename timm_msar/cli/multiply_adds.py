@@ -27,7 +27,7 @@ def multiply_adds(
     left_out = {layer for module in meta.modules() if isinstance(module, without) for layer in module.modules()}
     # A gate is two linear layers. Matrix products outside of these modules are means over regions, which are no layers.
     counted = (
-        flops[f'{type(meta).__name__}.{name}']
+        flops.get(f'{type(meta).__name__}.{name}', {})  # a gate computes with its convolutions' weights itself
         for name, module in meta.named_modules()
         if isinstance(module, (nn.Conv2d, nn.Linear, Gate)) and module not in left_out
     )
