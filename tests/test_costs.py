@@ -17,8 +17,7 @@ WIDE = {'rd_ratio': 1.0}
 
 
 def create(name, **kwargs):
-    model = timm.create_model(name, device='meta', **kwargs)
-    return model, model.default_cfg['input_size']
+    return timm.create_model(name, **kwargs), (3, 32, 32) if name.startswith('cifar') else (3, 224, 224)
 
 
 @pytest.mark.parametrize(
@@ -74,12 +73,6 @@ def test_a_figure_of_the_paper_may_be_rounded_or_cut_off(value, figure, agreemen
     assert costs.agreement(value, figure) == agreement
 
 
-def test_gates_cost_at_most_one_percent():
-    for name in {row.model for row in costs.rows() if row.model.endswith('_msar')}:
-        before, after = (multiply_adds(*create(net)) for net in (costs.plain(name), name))
-        assert before < after <= 1.01 * before
-
-
 def test_the_table_explains_every_difference_and_stands_in_the_docs(capsys):
     assert cli.main(['costs']) == 0
     printed = capsys.readouterr().out
@@ -90,4 +83,6 @@ def test_the_table_explains_every_difference_and_stands_in_the_docs(capsys):
     # Every cost of Tables 2 and 3 follows from a default network, of the DenseNets without transitions.
     exact = [r for r in rows if re.match(r'\| [123]', r) and 'rd_ratio' not in r and ('without' in r or 'resnet' in r)]
     assert len(exact) == 24 and not any('≠' in row.split('|')[4] for row in exact)
+    more = [float(line.split(' | ')[-1].split()[0]) for line in printed.splitlines() if line.endswith(' % |')]
+    assert len(more) == 8 and 0 < min(more) <= max(more) < 1
     assert DOCS.read_text(encoding='utf-8').endswith(printed)

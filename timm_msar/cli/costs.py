@@ -7,6 +7,7 @@ its figures and cuts off others, even within one table, so a figure counts as eq
 import argparse
 import math
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import timm
@@ -121,12 +122,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> None:
     """Print a Markdown table of `rows()`, ours next to the paper's, and what the gates add in the default networks."""
+
+    @cache
+    def count(name: str, transitions: bool, **model_args: Any) -> tuple[int, int]:
+        """Multiply-adds and parameters."""
+        model = timm.create_model(name, **model_args)
+        macs = multiply_adds(model, model.default_cfg['input_size'], () if transitions else Transition)
+        return macs, sum(p.numel() for p in model.parameters())
+
     print('| Table | Network | Multiply-adds | paper | Parameters | paper | Note |')
     print('|---|---|--:|--:|--:|--:|---|')
     for row in rows():
-        model = timm.create_model(row.model, device='meta', **row.model_args)
-        macs = multiply_adds(model, model.default_cfg['input_size'], () if row.transitions else Transition)
-        params = sum(p.numel() for p in model.parameters())
+        macs, params = count(row.model, row.transitions, **row.model_args)
         name = ', '.join([row.model, *(f'{k}={list(v) if k == "scales" else v}' for k, v in row.model_args.items())])
         cells = [row.table, name if row.transitions else f'{name}, without transitions']
         for value, figure in ((macs, row.paper_macs), (params, row.paper_params)):
@@ -140,8 +147,5 @@ def main(args: argparse.Namespace) -> None:
         print(f'- {letter}: {note}')
     print('\n| Network | Multiply-adds without gates | with gates | more |\n|---|--:|--:|--:|')
     for name in sorted({row.model for row in rows() if row.model.endswith('_msar')}):
-        before, after = (
-            multiply_adds(model, model.default_cfg['input_size'])
-            for model in (timm.create_model(net, device='meta') for net in (plain(name), name))
-        )
+        before, after = count(plain(name), True)[0], count(name, True)[0]
         print(f'| {name} | {_figure(before, "M")} | {_figure(after, "M")} | {100 * (after / before - 1):.2f} % |')
