@@ -5,7 +5,7 @@ import shutil
 import socket
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from .errors import CommandError
@@ -32,7 +32,8 @@ def written_aside(path: Path) -> Iterator[Path]:
         CommandError: It is whole but cannot be put in place. It is kept then; the text says where.
     """
     path = Path(os.path.realpath(path))
-    path.parent.mkdir(parents=True, exist_ok=True)
+    with suppress(FileExistsError):  # where it is a file, making `aside` fails
+        path.parent.mkdir(parents=True)
     _clear_after_the_dead(path.parent)
     aside = Path(tempfile.mkdtemp(prefix=f'{ASIDE}{os.getpid()}.', dir=path.parent))
     try:
