@@ -5,6 +5,9 @@ from contextlib import contextmanager
 
 import yaml
 
+# What yaml.safe_load raises besides ValueError: for `!!bool maybe`, `!!int`, and brackets a thousand deep.
+YAML_ERRORS = yaml.YAMLError, KeyError, AttributeError, RecursionError
+
 
 class CommandError(Exception):
     """Something the user can put right; its text is the whole message, without a traceback."""

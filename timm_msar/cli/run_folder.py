@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from .errors import CommandError, one_sentence
+from .errors import YAML_ERRORS, CommandError, one_sentence
 
 TRAIN_PY = 'is this the output folder of train.py?'
 MAX_SIZE = 4096  # pixels; larger images do not fit in memory as activations
@@ -86,8 +86,7 @@ def read_arguments(run: Path) -> dict[str, Any]:
         CommandError: There is no such file, it is not YAML, it names no model, or a value is of another type.
     """
     path = run / 'args.yaml'
-    # safe_load raises these, too: for dates that are none (2024-13-45), `!!int abc`, `!!bool maybe`, and deep nesting.
-    with one_sentence(f'cannot read {path}', yaml.YAMLError, KeyError, AttributeError, RecursionError, advice=TRAIN_PY):
+    with one_sentence(f'cannot read {path}', *YAML_ERRORS, advice=TRAIN_PY):
         return check_arguments(yaml.safe_load(read_text(path)), path)
 
 
