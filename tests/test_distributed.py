@@ -18,6 +18,7 @@ from timm.utils import distribute_bn
 from torch.nn.parallel import DistributedDataParallel
 
 import timm_msar
+from timm_msar.recalibration import GateNorm
 
 CONFIG = Path(__file__).parents[1] / 'train_configs' / 'cifar_resnet20_msar_cifar10.yaml'
 NETS = ('cifar_resnet20_msar', 'cifar_densenet100_msar')
@@ -28,7 +29,7 @@ def create(name: str) -> nn.Module:
     torch.manual_seed(0)
     model = timm.create_model(name).double()
     for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
             nn.init.uniform_(module.weight, 0.5, 1.5)  # the last one of a block begins at 0
             module.momentum = 1.0
     with torch.no_grad():
@@ -123,7 +124,7 @@ def test_sync_bn_converts_every_gate(name):
     """By type: PyTorch's SyncBatchNorm synchronises on GPUs only, so its training step cannot run here."""
     model = timm.create_model(name)
     gates = [m for m in model.modules() if isinstance(m, timm_msar.MultiScaleRecalibration)]
-    norms = sum(isinstance(m, nn.BatchNorm2d) for gate in gates for m in gate.modules())
+    norms = sum(isinstance(m, GateNorm) for gate in gates for m in gate.modules())
     assert norms == len(gates) * 3 * 2 > 0
     images = torch.randn(2, *model.pretrained_cfg['input_size'], generator=torch.Generator().manual_seed(0))[
         ..., :64, :64
@@ -134,7 +135,7 @@ def test_sync_bn_converts_every_gate(name):
         assert torch.equal(model.eval()(images), before)
     gates = [m for m in model.modules() if isinstance(m, timm_msar.MultiScaleRecalibration)]
     assert sum(isinstance(m, nn.SyncBatchNorm) for gate in gates for m in gate.modules()) == norms
-    assert not any(isinstance(m, nn.BatchNorm2d) for m in model.modules())
+    assert not any(isinstance(m, (nn.BatchNorm2d, GateNorm)) for m in model.modules())
 
 
 class Trainer:

@@ -22,10 +22,11 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 def region_matrix(size: int, scale: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     """R of the regions along an axis, (K, size); where K exceeds a size that is a number, (size, size)."""
-    # No empty region: it would count in the statistics of batch norm. A symbol cannot be compared.
-    k = scale
-    if torch.jit.is_scripting() or (isinstance(size, int) and not torch.compiler.is_exporting()):
+    # No empty region: it would count in the statistics of batch norm.
+    if torch.jit.is_scripting():
         k = min(scale, size)
+    else:  # a symbol cannot be compared
+        k = min(scale, size) if isinstance(size, int) and not torch.compiler.is_exporting() else scale
     region = torch.arange(size, device=device) * k // size
     return (region == torch.arange(k, device=device)[:, None]).to(dtype)
 
