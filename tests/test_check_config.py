@@ -11,6 +11,7 @@ parser = argparse.ArgumentParser()
 parser.add_argument('--model', default='resnet50', type=str, help='Name of model to train')
 parser.add_argument('--lr', type=float, help='learning rate')
 parser.add_argument('--epochs', type=int, help='number of epochs')
+parser.add_argument('--mean', type=float, nargs='+', help='Mean of the pixels')
 parser.add_argument('--scale', type=float, nargs='+', help='Random resize scale')
 parser.add_argument('--opt', default='sgd', type=str, help='Optimizer')
 parser.add_argument('--sched', type=str, default='cosine', help='LR scheduler')
@@ -23,7 +24,7 @@ if __name__ == '__main__':
 
 def check(tmp_path, text):
     (tmp_path / 'train.py').write_text(SCRIPT)
-    (tmp_path / 'config.yaml').write_text(text)
+    (tmp_path / 'config.yaml').write_bytes(text if isinstance(text, bytes) else text.encode())
     return cli.main(['check-config', str(tmp_path / 'train.py'), str(tmp_path / 'config.yaml')])
 
 
@@ -37,34 +38,48 @@ def test_a_config_that_train_py_takes(tmp_path, capsys):
 @pytest.mark.parametrize(
     ('text', 'message'),
     [
-        ('epoch: 3', 'train.py has no option epoch, did you mean epochs?'),
-        ('zzz: 3', 'train.py has no option zzz, its options are listed by train.py --help.'),
-        ('lr: fast', "lr cannot be 'fast': learning rate."),
-        ('epochs: 1.5', 'epochs cannot be 1.5: number of epochs.'),
-        ('scale: 0.5', 'scale cannot be 0.5: Random resize scale.'),
-        ('amp: 1', 'amp cannot be 1: use mixed precision.'),
+        ('epoch: 3', "train.py has no option 'epoch', did you mean epochs?"),
+        ('zzz: 3', "train.py has no option 'zzz', its options are listed by train.py --help"),
+        ('2024-01-01: 3', 'train.py has no option datetime.date(2024, 1, 1), its options'),
+        ('lr: fast', "lr cannot be 'fast': learning rate"),
+        ('lr: .nan', 'lr cannot be nan: learning rate'),
+        ('lr: inf', "lr cannot be 'inf': learning rate"),
+        ('epochs: 1.5', 'epochs cannot be 1.5: number of epochs'),
+        ('epochs: -1', 'epochs cannot be -1: number of epochs'),
+        ('scale: 0.5', 'scale cannot be 0.5: Random resize scale'),
+        ('scale: [0.5, -1]', 'scale cannot be [0.5, -1]: Random resize scale'),
+        ('amp: 1', 'amp cannot be 1: use mixed precision'),
+        ('model: 5', 'model cannot be 5: Name of model to train'),
+        ('lr: 0.1\nepochs: 3\nlr: 0.2', 'config.yaml has the key lr twice, and train.py takes the last'),
         ('model: cifar_resnet20_mssar', 'timm has no model cifar_resnet20_mssar, did you mean cifar_resnet20_msar?'),
         ('model: cifar_resnet20_msar\nmodel_kwargs: {scaless: [1]}', "unexpected keyword argument 'scaless'"),
         ('model: cifar_resnet20_msar\nmodel_kwargs: {scales: []}', 'scales must be one or more distinct'),
+        ('model: cifar_resnet20_msar\nmodel_kwargs: {5: 1}', 'keywords must be strings'),
+        ('model: cifar_resnet20_msar\nmean: [0.5, 0.5]', 'does not take these arguments: AssertionError'),
         ('model: resnet18_msar.warm_a2_in1k', 'Invalid pretrained tag (warm_a2_in1k)'),
-        ('model: resnet18_msar\nmodel_kwargs: {output_stride: 7}', 'resnet18_msar cannot be made: AssertionError'),
+        ('model: resnet18_msar\nmodel_kwargs: {output_stride: 7}', 'does not take these arguments: AssertionError'),
         ('opt: null', 'opt cannot be None'),
         ('opt: sdg', 'sdg'),
         ('sched: multi_step', "Unknown scheduler 'multi_step'"),
         ('- lr', 'must hold one line `key: value`'),
-        ('lr: [', 'cannot be read as YAML'),
+        ('', 'must hold one line `key: value`'),
+        ('lr: [', "cannot read {}: expected the node content, but found '<stream end>' in line 1"),
+        ('lr: 2024-13-45', 'cannot read {}: month must be in 1..12'),
+        ('lr: !!bool maybe', 'cannot read {}: '),
+        (f'lr: {"[" * 5000}', 'cannot read {}: maximum recursion depth exceeded'),
+        ('lr: "\xff"'.encode('latin-1'), "cannot read {}: 'utf-8' codec can't decode byte 0xff"),
     ],
 )
 def test_faults_are_one_sentence(tmp_path, capsys, text, message):
     assert check(tmp_path, text) == 1
     error = capsys.readouterr().err
-    assert message in error
+    assert message.format(tmp_path / 'config.yaml') in error if 'cannot read {}' in message else message in error
     assert error.count('\n') == 1
 
 
 def test_not_a_script(tmp_path, capsys):
     assert cli.main(['check-config', str(tmp_path / 'none.py'), 'c.yaml']) == 1
-    assert 'There is no script' in capsys.readouterr().err
+    assert 'there is no script' in capsys.readouterr().err
     (tmp_path / 'broken.py').write_text('hello')
     assert cli.main(['check-config', str(tmp_path / 'broken.py'), 'c.yaml']) == 1
-    assert "cannot be read (name 'hello' is not defined)" in capsys.readouterr().err
+    assert "cannot be run (name 'hello' is not defined)" in capsys.readouterr().err

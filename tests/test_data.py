@@ -4,8 +4,10 @@ import argparse
 import gzip
 import hashlib
 import json
+import os
 import pickle
 import random
+import shutil
 import struct
 
 import numpy as np
@@ -93,14 +95,14 @@ def test_cifar_folder_holds_every_image_under_its_label(cls, names, tmp_path, mo
         for path, (image, label) in zip(dataset.filenames(basename=True), dataset, strict=True):
             index = int(path.removesuffix('.png'))
             assert label == index % len(names)
-            assert image.size == (40, 40)
-            padded = np.zeros((40, 40, 3), np.uint8)
-            padded[4:36, 4:36] = images[index]
-            assert np.array_equal(np.asarray(image), padded)
+            wanted = images[index]
+            if split == 'train':
+                wanted = np.zeros((40, 40, 3), np.uint8)
+                wanted[4:36, 4:36] = images[index]
+            assert np.array_equal(np.asarray(image), wanted)
     facts = json.loads((tmp_path / 'root' / 'dataset.json').read_text())
-    assert facts['mean'] == pytest.approx((train / 255).mean((0, 1, 2)), abs=6e-5)
-    assert facts['std'] == pytest.approx((train / 255).std((0, 1, 2)), abs=6e-5)
-    assert str(facts['mean']) in capsys.readouterr().out
+    assert (facts['dataset'], facts['classes']) == (cls.__name__.lower(), names)
+    assert f'{len(train)} training and {len(test)} validation images' in capsys.readouterr().out
 
 
 def test_cifar_with_a_wrong_checksum_is_not_read(tmp_path, monkeypatch):
@@ -112,10 +114,11 @@ def test_cifar_with_a_wrong_checksum_is_not_read(tmp_path, monkeypatch):
     assert not (tmp_path / 'root').exists()
 
 
-def test_fashion_mnist_is_padded_to_32_and_then_to_40(fashion):
+def test_fashion_mnist_is_padded_to_32_and_for_training_to_40(fashion):
     source, root, images = fashion
     run('fashion_mnist', root, '--source', source)
-    assert [folder.name for folder in root.parent.iterdir() if 'partial' in folder.name] == []
+    assert sorted(path.name for path in root.parent.iterdir()) == ['root', 'source']
+    assert sorted(path.name for path in root.iterdir()) == ['dataset.json', 'train', 'validation']
     for split in data.SPLITS:
         dataset = create_dataset('', root=str(root), split=split)
         folders = list(dataset.reader.class_to_idx)
@@ -123,27 +126,33 @@ def test_fashion_mnist_is_padded_to_32_and_then_to_40(fashion):
         for path, (image, label) in zip(dataset.filenames(basename=True), dataset, strict=True):
             index = int(path.removesuffix('.png'))
             assert label == index % 10
-            grey = np.pad(images[split][index], 6)
+            grey = np.pad(images[split][index], 6 if split == 'train' else 2)
             assert np.array_equal(np.asarray(image), np.stack([grey] * 3, axis=2))
-    facts = json.loads((root / 'dataset.json').read_text())
-    as_32 = np.pad(images['train'], [(0, 0), (2, 2), (2, 2)]) / 255
-    assert facts['mean'] == pytest.approx([as_32.mean()] * 3, abs=6e-5)
-    assert facts['std'] == pytest.approx([as_32.std()] * 3, abs=6e-5)
+
+
+def test_the_first_images_of_each_class(fashion):
+    source, root, images = fashion
+    run('fashion_mnist', root, '--source', source, '--per-class', 3)
+    names = {path.parent.name: [] for path in sorted(root.glob('train/*/*'))}
+    for path in sorted(root.glob('train/*/*')):
+        names[path.parent.name].append(path.name)
+        assert np.array_equal(np.asarray(Image.open(path)), np.pad(images['train'][int(path.stem)], 6))
+    wanted = [[f'{label + 10 * i:05d}.png' for i in range(3)] for label in range(10)]
+    assert [names[folder] for folder in sorted(names)] == wanted
+    assert len(list(root.glob('validation/*/*'))) == 20
+    with pytest.raises(CommandError, match='is not what this makes'):
+        run('fashion_mnist', root, '--source', source)
+    with pytest.raises(CommandError, match='--per-class 5 is more than the 4 training images of a class'):
+        run('fashion_mnist', root.with_name('other'), '--source', source, '--per-class', 5)
 
 
 @pytest.mark.skipif(not data.DEBIAN_FASHION_MNIST.is_dir(), reason="needs Debian's package dataset-fashion-mnist")
-def test_real_fashion_mnist_constants(tmp_path):
-    (tmp_path / 'download').mkdir()
-    classes, splits = data._load('fashion_mnist', None, tmp_path / 'download')
+def test_real_fashion_mnist(tmp_path):
+    classes, splits = data._load('fashion_mnist', None, tmp_path)
     assert (len(classes), len(splits['train'][1]), len(splits['validation'][1])) == (10, 60000, 10000)
-    assert np.bincount(splits['train'][1]).tolist() == [6000] * 10
-    # the figures in the configs; published for 28×28 images are 0.2860 and 0.3530, and padding scales both moments
-    mean, std = data._mean_and_std(splits['train'][0])
-    share = 28**2 / 32**2
-    assert mean == [0.219] * 3
-    assert std == [0.3318] * 3
-    assert mean[0] == pytest.approx(share * 0.2860, abs=1e-4)
-    assert std[0] ** 2 == pytest.approx(share * (0.3530**2 + 0.2860**2) - mean[0] ** 2, abs=1e-4)
+    images, labels, indices = data._first(600, *splits['train'])
+    assert np.bincount(labels).tolist() == [600] * 10
+    assert images.shape == (6000, 32, 32) and (splits['train'][1][indices] == labels).all()
 
 
 def as_bytes(batch):
@@ -215,7 +224,7 @@ def test_validation_images_are_the_originals(one_cifar_image, interpolation, pre
         dataset,
         input_size=(3, 32, 32),
         batch_size=8,
-        crop_pct=0.8,
+        crop_pct=1.0,
         interpolation=interpolation,
         mean=(0.0, 0.0, 0.0),
         std=(1.0, 1.0, 1.0),
@@ -230,7 +239,7 @@ def test_validation_images_are_the_originals(one_cifar_image, interpolation, pre
     assert np.array_equal(outputs, originals[order])
 
 
-def test_an_interrupted_run_leaves_no_folder_and_the_next_one_goes_on(fashion, monkeypatch, capsys):
+def test_an_interrupted_run_leaves_nothing_and_the_next_one_takes_its_own_source(fashion, monkeypatch, capsys):
     source, root, _ = fashion
     save, saved = Image.Image.save, []
 
@@ -245,40 +254,34 @@ def test_an_interrupted_run_leaves_no_folder_and_the_next_one_goes_on(fashion, m
         patch.setattr(Image.Image, 'save', save_and_stop_at_25)
         with pytest.raises(KeyboardInterrupt):
             run('fashion_mnist', root, '--source', source)
-    assert not root.exists()
-    first = sorted(root.parent.glob('root.*/train/*/*.png'))
-    assert len(first) == 25
-    times = {path.name: path.stat().st_mtime_ns for path in first}
+    assert [path.name for path in root.parent.iterdir()] == ['source']
 
-    run('fashion_mnist', root, '--source', source)
+    other = write_fashion(root.with_name('other'), train=30)
+    run('fashion_mnist', root, '--source', root.with_name('other'))
     paths = sorted(root.glob('train/*/*'))
-    assert len(paths) == 40 and {path.suffix for path in paths} == {'.png'}
-    assert {path.name: path.stat().st_mtime_ns for path in paths if path.name in times} == times  # not written again
-    assert not list(root.parent.glob('*.partial'))
+    assert len(paths) == 30
+    for path in paths:
+        assert np.array_equal(np.asarray(Image.open(path)), np.pad(other['train'][int(path.stem)], 6))
 
     capsys.readouterr()
     run('fashion_mnist', root, '--source', source)
-    assert 'is complete' in capsys.readouterr().out
+    assert 'is complete: 30 training and 20 validation images' in capsys.readouterr().out
+    whole = paths[0].read_bytes()
+    paths[0].write_bytes(b'')
+    with pytest.raises(CommandError, match=r'1 of the 30 train images cannot be used'):
+        run('fashion_mnist', root, '--source', source)
     paths[0].unlink()
-    with pytest.raises(CommandError, match='not a complete fashion_mnist folder'):
+    with pytest.raises(CommandError, match='has lost or gained train images'):
         run('fashion_mnist', root, '--source', source)
-
-
-def test_a_broken_image_of_an_earlier_run_is_found_before_the_folder_gets_its_name(fashion):
-    source, root, _ = fashion
-    partial = root.with_name('root.fashion_mnist.partial')
-    (partial / 'train' / '0_t-shirt_top').mkdir(parents=True)
-    (partial / 'train' / '0_t-shirt_top' / '00000.png').write_bytes(b'\x89PNG broken')
-    with pytest.raises(CommandError, match=r'1 of the 40 train images do not open.*00000\.png'):
-        run('fashion_mnist', root, '--source', source)
-    assert not root.exists()
+    paths[0].write_bytes(whole)
+    run('fashion_mnist', root)
 
 
 def test_other_content_is_left_alone(fashion):
     source, root, _ = fashion
     root.mkdir()
     (root / 'thesis.txt').write_text('years of work')
-    with pytest.raises(CommandError, match='exists and is not a complete fashion_mnist folder'):
+    with pytest.raises(CommandError, match='exists and is not what this makes'):
         run('fashion_mnist', root, '--source', source)
     assert [path.name for path in root.iterdir()] == ['thesis.txt']
 
@@ -298,7 +301,8 @@ def test_broken_sources_are_told(fashion, tmp_path):
         run('fashion_mnist', root, '--source', tmp_path / 'nowhere')
     images = source / 'train-images-idx3-ubyte.gz'
     whole = images.read_bytes()
-    for broken in (whole[: len(whole) // 2], b'<html>', gzip.compress(gzip.decompress(whole)[:-100])):
+    wrong_type = gzip.compress(b'\0\0\x07' + gzip.decompress(whole)[3:])
+    for broken in (whole[: len(whole) // 2], b'<html>', gzip.compress(gzip.decompress(whole)[:-100]), wrong_type):
         images.write_bytes(broken)
         with pytest.raises(CommandError, match='cannot read fashion_mnist from'):
             run('fashion_mnist', root, '--source', source)
@@ -327,6 +331,23 @@ def test_check_accepts_a_good_folder(folder, capsys):
     assert '2 classes, 2 training and 2 validation images' in capsys.readouterr().out
 
 
+def copy_class(folder, old, new):
+    for split in ('train', 'val'):
+        shutil.copytree(folder / split / old, folder / split / new)
+
+
+def grey_of_16_bits(folder):
+    path = folder / 'train' / 'dog' / '1.png'
+    Image.fromarray(np.full((8, 8), 20_000, np.uint16)).save(path)
+    dataset = create_dataset('', root=str(folder), split='train')
+    assert np.asarray(dataset[1][0]).min() == 255  # 20,000 of 65,535 is a dark grey, and timm reads white
+
+
+def two_loops(folder):
+    for name in 'ab':
+        (folder / 'train' / 'cat' / name).symlink_to(folder / 'train' / 'cat')
+
+
 def spoil_image(folder):
     path = folder / 'train' / 'dog' / '1.png'
     path.write_bytes(path.read_bytes()[:60])
@@ -338,7 +359,16 @@ def spoil_image(folder):
         (lambda folder: (folder / 'train').rename(folder / 'trains'), 'has no folder train'),
         (lambda folder: [path.unlink() for path in folder.glob('val/*/*')], 'no image in class folders'),
         (lambda folder: (folder / 'val' / 'cat' / '1.png').unlink(), r"other classes in train \(2\).*'cat'"),
-        (spoil_image, r'1 of the 2 train images do not open, .*1\.png'),
+        (spoil_image, r'1 of the 2 train images cannot be used, .*1\.png'),
+        (
+            lambda folder: copy_class(folder, 'dog', 'Dog'),
+            "classes '(dog|Dog)' and '(dog|Dog)', which are equal to timm",
+        ),
+        (lambda folder: [copy_class(folder, 'dog', name) for name in ('1', '01')], "'0?1' and '0?1', which are equal"),
+        (lambda folder: copy_class(folder, 'dog', '²'), 'timm cannot sort the names in'),
+        (grey_of_16_bits, r'1 of the 2 train images cannot be used.*dog/1\.png \(its values have more than 8 bits'),
+        (lambda folder: os.mkfifo(folder / 'train' / 'dog' / '2.png'), r'dog/2\.png \(it is not a file\)'),
+        (lambda folder: two_loops(folder), r'train/cat/\w is a link that leads back to .*train/cat, in which it lies'),
     ],
 )
 def test_check_tells_what_is_wrong(folder, spoil, message):

@@ -36,7 +36,36 @@ def test_what_is_cut_off_leaves_nothing(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize('seed', ['-1', str(2**32)])
-def test_a_seed_out_of_range_is_one_sentence(seed, capsys):
-    assert cli.main(['demo', '--seed', seed]) == 1
-    assert capsys.readouterr().err == f'timm-msar demo: error: --seed must be from 0 to 4294967295, not {seed}.\n'
+def test_an_earlier_demo_is_replaced_and_nothing_else_is(tmp_path, monkeypatch, capsys):
+    model = timm.create_model('cifar_resnet20_msar', num_classes=10).eval()
+    monkeypatch.setattr(demo, 'train', lambda epochs: (model, 10.0))
+    output = tmp_path / 'demo'
+    (output / 'weights').mkdir(parents=True)
+    (output / 'weights' / 'earlier').touch()
+    assert cli.main(['demo', '--output', str(output)]) == 0
+    assert sorted(path.name for path in output.rglob('*')) == [
+        'config.json',
+        'gates.png',
+        'model.safetensors',
+        'weights',
+    ]
+    assert [path.name for path in tmp_path.iterdir()] == ['demo']
+    (output / 'thesis.txt').touch()
+    assert cli.main(['demo', '--output', str(output)]) == 1
+    assert 'is not an earlier demo' in capsys.readouterr().err
+    assert (output / 'thesis.txt').exists()
+
+
+@pytest.mark.parametrize(
+    ('option', 'value', 'message'),
+    [
+        ('--seed', '-1', 'argument --seed: must be a whole number from 0 to 4294967295, not '),
+        ('--seed', str(2**32), 'argument --seed: must be a whole number from 0 to 4294967295, not '),
+        ('--epochs', '0', 'argument --epochs: must be a whole number from 1 on, not '),
+        ('--epochs', '1.5', 'argument --epochs: must be a whole number from 1 on, not '),
+    ],
+)
+def test_a_number_out_of_range_is_told(option, value, message, capsys):
+    with pytest.raises(SystemExit, match='2'):
+        cli.main(['demo', option, value])
+    assert capsys.readouterr().err.endswith(f'timm-msar demo: error: {message}{value!r}\n')

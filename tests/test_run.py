@@ -144,6 +144,17 @@ def test_validate_knows_the_networks(timm_scripts, digits_folder, tmp_path):
     assert 'cifar_resnet20_msar' in result.stderr
 
 
+def test_bulk_runner_and_the_processes_that_it_starts_know_the_networks(timm_scripts, script, tmp_path):
+    path = script("""
+        import json, sys, timm
+        print('--result\\n' + json.dumps({'model': sys.argv[-1], 'known': timm.is_model(sys.argv[-1]), 'top1': 1}))
+    """)
+    options = '--model-list', 'cifar_resnet20_m*', '--module', 'yes', 'timm_msar.run', path
+    result = start(timm_scripts / 'bulk_runner.py', *options, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / 'results.csv').read_text().splitlines() == ['model,known,top1', 'cifar_resnet20_msar,True,1']
+
+
 @pytest.fixture
 def refusal(monkeypatch, capsys):
     """Exit code and message of a call that ends before any script runs."""
@@ -177,6 +188,38 @@ def test_a_script_of_another_timm_is_refused(script, refusal):
     assert code == 1
     assert 'script.py is in a checkout of timm 0.9.16, which it would import instead of' in message
     assert f'--branch v{timm.__version__} ' in message
+
+
+def break_version(folder):
+    (folder / 'version.py').write_bytes(b'__version__ = "\xff"')
+
+
+@pytest.mark.parametrize(
+    ('spoil', 'message'),
+    [
+        (lambda folder: None, 'version.py cannot be read (No such file or directory); these lines fetch'),
+        (break_version, "the timm beside it cannot be read ('utf-8' codec can't decode"),
+        (lambda folder: (folder / 'version.py').mkdir(), 'version.py cannot be read (Is a directory); these lines'),
+        (lambda folder: (folder / 'version.py').touch(), 'is in a checkout of timm unknown, which it would import'),
+    ],
+)
+def test_a_broken_timm_beside_the_script_is_refused(script, refusal, spoil, message):
+    path = script('print("ran")')
+    (path.parent / 'timm').mkdir()
+    (path.parent / 'timm' / '__init__.py').touch()
+    spoil(path.parent / 'timm')
+    code, error = refusal(path)
+    assert (code, message in error) == (1, True), error
+
+
+def test_a_name_that_cannot_be_is_refused(refusal):
+    code, message = refusal('x' * 256)
+    assert code == 1 and 'cannot be read (File name too long); these lines fetch' in message
+
+
+def test_importing_the_package_does_not_import_the_command():
+    code = "import sys, timm_msar; print([name for name in sys.modules if name.startswith('timm_msar.cli')])"
+    assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True).stdout == '[]\n'
 
 
 def test_without_a_script_the_usage_is_shown(refusal):

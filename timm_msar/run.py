@@ -4,6 +4,12 @@ timm's validate.py, inference.py, benchmark.py and onnx_export.py cannot import 
 `--device-modules timm_msar`). This imports it, then runs the script as if it had been started directly: it sees its own
 arguments, is `__main__`, finds modules in its own folder, and its exit code is the exit code. Processes that the script
 starts with multiprocessing know the networks too. It works with `torchrun … -m timm_msar.run SCRIPT ARGS…` as well.
+
+bulk_runner.py starts another Python for each model, which has to come this way, too. The value of `--module` is not used:
+
+    python -m timm_msar.run bulk_runner.py --model-list '*_msar' --module yes timm_msar.run validate.py ARGS…
+
+validate.py and benchmark.py need no bulk_runner.py: their own `--model '*_msar'` runs one model after the other.
 """
 
 import argparse
@@ -51,12 +57,19 @@ def main() -> None:
 
 
 def _why_not(script: Path) -> str:
-    if not script.is_file():
-        return f'there is no script {script}'
-    version_file = script.resolve().parent / 'timm' / 'version.py'
-    if not version_file.is_file():
-        return ''
-    match = re.search(r"""__version__\s*=\s*['"](.+?)['"]""", version_file.read_text())
+    """Why the script cannot be run, or would not run with the installed timm; '' if neither."""
+    try:
+        if not script.is_file():
+            return f'there is no script {script}'
+        folder = script.resolve().parent / 'timm'
+        if not (folder / '__init__.py').is_file() and not (folder / 'version.py').is_file():
+            return ''
+        text = (folder / 'version.py').read_text(encoding='utf-8')
+    except OSError as error:
+        return f'{error.filename} cannot be read ({error.strerror})'
+    except ValueError as error:
+        return f'{script} or the timm beside it cannot be read ({error})'
+    match = re.search(r"""__version__\s*=\s*['"](.+?)['"]""", text)
     version, installed = match[1] if match else 'unknown', importlib.metadata.version('timm')
     if version == installed:
         return ''

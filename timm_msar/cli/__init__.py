@@ -31,8 +31,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         COMMANDS[args.command].main(args)
-    except CommandError as error:
-        print(f'timm-msar {args.command}: error: {error}', file=sys.stderr)
+    except BrokenPipeError:
+        raise
+    except (CommandError, OSError) as error:
+        # There may be a line break in the name of a file.
+        text = ''.join(c if c.isprintable() else repr(c)[1:-1] for c in str(error))
+        print(f'timm-msar {args.command}: error: {text}', file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(f'timm-msar {args.command}: interrupted', file=sys.stderr)

@@ -1,29 +1,28 @@
 """Print parameters and multiply-adds of every network of the paper next to the paper's figures.
 
 Multiply-adds are those of convolutions and linear layers for one image, the paper's "FLOPs". The paper rounds some of
-its figures and cuts off others, so a figure counts as equal when either gives it.
+its figures and cuts off others, even within one table, so a figure counts as equal when either gives it.
 """
 
 import argparse
 import math
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import timm
-import torch
-import torch.nn as nn
 
 from ..cifar_densenet import Transition
-from ..recalibration import Gate
+from .multiply_adds import multiply_adds
 
 # Why figures differ from the paper's; a row names the reasons by their letters.
 NOTES = {
-    'a': "D' = D/L is the paper's text; its tables' costs follow from rd_ratio=0.375, the next line",
-    'b': "0.487 M without the BN of the gates, which the paper's figure seems to leave out",
+    'a': "D' = D/L, as the paper's text says; its figures follow from the default D' = 3D/(8L)",
+    'b': "0.487 M without the gates' batch norms, which the paper's figure seems to leave out",
     'c': 'the paper leaves out the transitions, as does the next line',
-    'd': "the paper's parameters and its FLOPs contradict each other; ours give its FLOPs",
-    'e': "the plain nets have 11.69 M and 21.80 M; the paper's +2.9 M and +5.6 M would cost more FLOPs than it gives, "
-    "D' = D/L costs a little more than it gives",
+    'd': "the paper's parameters and its FLOPs do not belong to one network; ours gives its FLOPs",
+    'e': "the plain nets have 11.69 M and 21.80 M parameters; the paper's +2.9 M and +5.6 M in the gates would cost "
+    '19 M and 38 M multiply-adds, and its FLOPs leave room for 6 M and 16 M',
     'f': "3.86 G is ResNet-50's figure; ResNeXt-50 32x4d has 4.23 G",
 }
 
@@ -41,45 +40,6 @@ class Row:
     transitions: bool = True
 
 
-def count(model: nn.Module, input_size: tuple[int, int, int], transitions: bool = True) -> tuple[int, int, int]:
-    """Count parameters, multiply-adds, and activations (values that convolutions and linear layers put out).
-
-    Args:
-        model: The network, on any device; 'meta' counts without computing.
-        input_size: Channels, height and width of the one image.
-        transitions: Whether a DenseNet's transitions count, in multiply-adds and activations.
-
-    Returns:
-        Parameters, multiply-adds, activations.
-    """
-    macs = activations = 0
-
-    def add(module: nn.Module, _: Any, output: torch.Tensor) -> None:
-        nonlocal macs, activations
-        if isinstance(module, Gate):  # its convolutions are computed as linear maps of rows, one for each region
-            for weight in (module.fc1.weight, module.fc2.weight):
-                macs += output[..., 0].numel() * weight.numel()
-                activations += output[..., 0].numel() * weight.shape[0]
-            return
-        # An output value takes one multiplication for each weight that leads to it.
-        macs += output.numel() * module.weight[0].numel()  # type: ignore[index, operator, union-attr]
-        activations += output.numel()
-
-    left_out = set() if transitions else {m for t in model.modules() if isinstance(t, Transition) for m in t}
-    counted = [m for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear, Gate)) and m not in left_out]
-    hooks = [module.register_forward_hook(add) for module in counted]
-    training = model.training
-    weight = next(model.parameters())
-    try:
-        with torch.no_grad():
-            model.eval()(torch.zeros(1, *input_size, device=weight.device, dtype=weight.dtype))
-    finally:
-        model.train(training)
-        for hook in hooks:
-            hook.remove()
-    return sum(p.numel() for p in model.parameters()), macs, activations
-
-
 def rows() -> list[Row]:
     """The rows of Tables 1, 2, 3 and 5 that give a cost."""
     listed = []
@@ -90,8 +50,8 @@ def rows() -> list[Row]:
     ):
         listed += [
             Row('2, 3' if n == 56 else '1, 2', f'cifar_resnet{n}', macs, params),
-            Row('2', f'cifar_resnet{n}_msar', msar_macs, msar_params, 'a'),
-            Row('2', f'cifar_resnet{n}_msar', msar_macs, msar_params, note, {'rd_ratio': 0.375}),
+            Row('2', f'cifar_resnet{n}_msar', msar_macs, msar_params, note),
+            Row('2', f'cifar_resnet{n}_msar', msar_macs, msar_params, 'a', {'rd_ratio': 1.0}),
         ]
     for n, macs, params, msar_macs, msar_params in (
         (100, '252.5M', '0.80M', '253.3M', '0.99M'),
@@ -115,12 +75,9 @@ def rows() -> list[Row]:
         ((2, 4), '126.1M', '253.7M'),
         ((1, 2, 4), '126.0M', '253.3M'),
     ):
-        narrow = {'scales': scales, 'rd_ratio': 0.375}
-        densenet = Row('3', 'cifar_densenet100_msar', densenet_macs, '0.99M', 'd', {'scales': scales}, False)
         listed += [
-            Row('3', 'cifar_resnet56_msar', resnet_macs, '', 'a', {'scales': scales}),
-            Row('3', 'cifar_resnet56_msar', resnet_macs, model_args=narrow),
-            densenet,
+            Row('3', 'cifar_resnet56_msar', resnet_macs, model_args={'scales': scales}),
+            Row('3', 'cifar_densenet100_msar', densenet_macs, '0.99M', 'd', {'scales': scales}, False),
         ]
     listed.append(Row('4.2', 'cifar_densenet100_msar', '', '0.80M', 'd', {'multi_level': False}, False))
     for name, plain, figures, note in (
@@ -133,19 +90,26 @@ def rows() -> list[Row]:
             Row('5', f'{name}_msar', figures[2], figures[3], note, {'scales': (1,)}),
             Row('5', f'{name}_msar', figures[4], figures[5], note),
         ]
+        if note == 'e':
+            listed.append(Row('5', f'{name}_msar', figures[4], figures[5], 'a, e', {'rd_ratio': 1.0}))
     return listed
 
 
-PLAIN = {'resnext50_msar': 'resnext50_32x4d'}  # where the plain network is not named like ours
 UNITS = {'M': 1e6, 'G': 1e9}
 
 
-def equals_paper(value: int, figure: str) -> bool:
-    """Whether a count, rounded or cut off, is a figure of the paper such as '40.8M'."""
+def plain(name: str) -> str:
+    """The name of the same network without gates."""
+    return {'resnext50_msar': 'resnext50_32x4d'}.get(name, name.removesuffix('_msar'))
+
+
+def agreement(value: int, figure: str) -> str:
+    """How a figure of the paper such as '40.8M' follows from a count: '=', '= rounded', '= cut off', or '≠'."""
     number, unit = figure[:-1], UNITS[figure[-1]]
     steps = 10 ** len(number.partition('.')[2])
-    scaled = value / unit * steps
-    return round(float(number) * steps) in (math.floor(scaled), round(scaled))
+    scaled, wanted = value / unit * steps, round(float(number) * steps)
+    rounded, cut_off = round(scaled) == wanted, math.floor(scaled) == wanted
+    return '=' if rounded and cut_off else '= rounded' if rounded else '= cut off' if cut_off else '≠'
 
 
 def _figure(value: int, unit: str) -> str:
@@ -158,30 +122,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> None:
     """Print a Markdown table of `rows()`, ours next to the paper's, and what the gates add in the default networks."""
+
+    @cache
+    def count(name: str, transitions: bool, **model_args: Any) -> tuple[int, int]:
+        """Multiply-adds and parameters."""
+        model = timm.create_model(name, **model_args)
+        macs = multiply_adds(model, model.default_cfg['input_size'], () if transitions else Transition)
+        return macs, sum(p.numel() for p in model.parameters())
+
     print('| Table | Network | Multiply-adds | paper | Parameters | paper | Note |')
     print('|---|---|--:|--:|--:|--:|---|')
     for row in rows():
-        model = timm.create_model(row.model, device='meta', **row.model_args)
-        params, macs, _ = count(model, model.default_cfg['input_size'], row.transitions)
+        macs, params = count(row.model, row.transitions, **row.model_args)
         name = ', '.join([row.model, *(f'{k}={list(v) if k == "scales" else v}' for k, v in row.model_args.items())])
-        name += '' if row.transitions else ', without transitions'
-        cells = [row.table, name]
-        differs = False
+        cells = [row.table, name if row.transitions else f'{name}, without transitions']
         for value, figure in ((macs, row.paper_macs), (params, row.paper_params)):
-            equal = bool(figure) and equals_paper(value, figure)
-            differs |= bool(figure) and not equal
             cells += [
                 _figure(value, figure[-1] if figure else 'M'),
-                f'{figure} {"=" if equal else "≠"}' if figure else '',
+                f'{figure} {agreement(value, figure)}' if figure else '',
             ]
-        print('|', ' | '.join([*cells, row.note if differs else '']), '|')
+        print('|', ' | '.join([*cells, row.note if '≠' in ''.join(cells) else '']), '|')
     print()
     for letter, note in NOTES.items():
         print(f'- {letter}: {note}')
     print('\n| Network | Multiply-adds without gates | with gates | more |\n|---|--:|--:|--:|')
-    for name in timm.list_models('*_msar'):
-        model = timm.create_model(name, device='meta')
-        size = model.default_cfg['input_size']
-        plain = timm.create_model(PLAIN.get(name, name.removesuffix('_msar')), device='meta')
-        before, after = count(plain, size)[1], count(model, size)[1]
+    for name in sorted({row.model for row in rows() if row.model.endswith('_msar')}):
+        before, after = count(plain(name), True)[0], count(name, True)[0]
         print(f'| {name} | {_figure(before, "M")} | {_figure(after, "M")} | {100 * (after / before - 1):.2f} % |')

@@ -2,17 +2,17 @@
 
 The paper trains its CIFAR networks on random 32×32 crops of images padded by 4 black pixels, flipped at random, and
 tests on the image as it is. timm's train.py has no such option, but its random-resized-crop does exactly this on
-images that are *stored* padded to 40×40:
+training images that are *stored* padded to 40×40:
 
 * `scale: [0.64, 0.64]`, `ratio: [1.0, 1.0]`: 0.64 · 40² = 32², so each crop is 32×32, at one of the 81 offsets with
   equal probability; resizing 32 to 32 changes no pixel, whatever the interpolation. `hflip: 0.5` flips it, and
   `color_jitter: 0.0` leaves the colours alone.
-* `crop_pct: 0.8` in validation: 32 / 0.8 = 40, so nothing is resized, and the central crop is the original image.
 
-`tests/test_data.py` compares every pixel of both with the original images.
+Validation images are stored as they are, 32×32. The networks' own data config, 32 px and `crop_pct` 1.0, changes no
+pixel of them, so validate.py needs no option. `tests/test_data.py` compares every pixel of both with the originals.
 
-A prepared folder holds `train/CLASS/INDEX.png`, `validation/CLASS/INDEX.png` and `dataset.json`: the classes, the
-number of images, and mean and standard deviation of the (not padded) training images for a config's `mean` and `std`.
+A prepared folder holds `train/CLASS/INDEX.png`, `validation/CLASS/INDEX.png` and `dataset.json`: the name of the data
+set, its classes, the number of images, and N of `--per-class N`, which keeps the first N training images of each class.
 Class folders sort in the order of the labels, because that is how timm numbers them. Fashion-MNIST's 28×28 images are
 padded to 32×32 with zeros first; they are stored as grey images, which timm's loader turns into RGB.
 """
@@ -24,7 +24,9 @@ import os
 import re
 import shutil
 import zlib
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
+from contextlib import suppress
+from itertools import pairwise
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
@@ -35,10 +37,14 @@ from timm.utils import natural_key
 from torchvision.datasets import CIFAR10, CIFAR100, FashionMNIST
 from tqdm import tqdm
 
-from .errors import CommandError
+from .errors import CommandError, one_sentence
+from .run_folder import read_text
+from .whole_number import whole_number
+from .written_aside import written_aside
 
 DATASETS = {'cifar10': CIFAR10, 'cifar100': CIFAR100, 'fashion_mnist': FashionMNIST}
 SPLITS = ('train', 'validation')
+SPLIT_FOLDERS = ('train', 'training', 'val', 'valid', 'validation', 'eval', 'evaluation')  # where timm looks for them
 DEBIAN_FASHION_MNIST = Path('/usr/share/datasets/fashion-mnist')
 PADDING = 4
 
@@ -56,9 +62,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         command = commands.add_parser(name, help=f'prepare {DATASETS[name].__name__} for train.py --data-dir ROOT')
         command.add_argument('root', metavar='ROOT', type=Path, help='folder to make')
         command.add_argument('--source', metavar='DIR', type=Path, help=source)
+        command.add_argument(
+            '--per-class', metavar='N', type=whole_number(1), help='keep the first N training images of each class'
+        )
     command = commands.add_parser('check', help="check a folder of images before training with train.py's --data-dir")
     command.add_argument('root', metavar='ROOT', type=Path, help='folder with a train and a validation folder')
-    command.add_argument('--num-classes', metavar='N', type=int, help="the config's num_classes")
+    command.add_argument('--num-classes', metavar='N', type=whole_number(1), help="the config's num_classes")
 
 
 def main(args: argparse.Namespace) -> None:
@@ -67,18 +76,18 @@ def main(args: argparse.Namespace) -> None:
     Raises:
         CommandError: If the folder or the source is not what it should be.
     """
-    try:
-        if args.dataset == 'check':
+    if args.dataset == 'check':
+        with one_sentence(f'cannot read {args.root}'):
             datasets = check(args.root, args.num_classes)
-            num_classes = len(datasets['train'].reader.class_to_idx)
-            print(
-                f'{args.root}: {num_classes} classes, {len(datasets["train"])} training and '
-                f'{len(datasets["validation"])} validation images, every one opens'
-            )
-        else:
-            prepare(args.dataset, args.root, args.source)
-    except OSError as error:
-        raise CommandError(f'cannot read or write the data: {error}') from error
+        num_classes = len(datasets['train'].reader.class_to_idx)
+        print(f'{args.root}: {num_classes} classes, {_sizes(**datasets)}, every one opens')
+    else:
+        with one_sentence(f'cannot make {args.root}'):
+            prepare(args.dataset, args.root, args.source, args.per_class)
+
+
+def _sizes(train: Sized, validation: Sized) -> str:
+    return f'{len(train)} training and {len(validation)} validation images'
 
 
 def check(root: Path, num_classes: int | None = None) -> dict:
@@ -93,18 +102,29 @@ def check(root: Path, num_classes: int | None = None) -> dict:
 
     Raises:
         CommandError: If a split or an image is missing or broken, or the classes are not those wanted.
+        OSError: If a folder cannot be read.
     """
     if not root.is_dir():
         raise CommandError(f'there is no folder {root}; make it with `timm-msar data`, or give an existing one')
+    for name in SPLIT_FOLDERS:
+        _refuse_loops(root / name)
     datasets = {}
     for split in SPLITS:
         try:
             datasets[split] = create_dataset('', root=str(root), split=split)
         except RuntimeError as error:  # timm found no image
             raise CommandError(f'no image in class folders of the {split} split of {root}') from error
+        except ValueError as error:  # ² is a digit, but not of a number
+            raise CommandError(f'timm cannot sort the names in {root} ({error}); rename the folder or image') from error
         if Path(datasets[split].reader.root) == root:
             raise CommandError(f'{root} has no folder {split}, where train.py looks for the {split} images')
     train_classes, val_classes = (list(datasets[split].reader.class_to_idx) for split in SPLITS)
+    for one, other in pairwise(sorted(train_classes, key=natural_key)):
+        if natural_key(one) == natural_key(other):
+            raise CommandError(
+                f'{root} has the classes {one!r} and {other!r}, which are equal to timm when it sorts them, so their '
+                'numbers are left to chance; rename one'
+            )
     if train_classes != val_classes:
         odd = sorted(set(train_classes) ^ set(val_classes))
         raise CommandError(
@@ -119,132 +139,121 @@ def check(root: Path, num_classes: int | None = None) -> dict:
     for split, dataset in datasets.items():
         paths = dataset.filenames(absolute=True)
         with ThreadPool() as pool:
-            results = pool.imap(_why_broken, paths, chunksize=64)
+            results = pool.imap(_why_unusable, paths, chunksize=64)
             reasons = list(tqdm(results, f'Checking {split}', len(paths), unit=' images'))
-        broken = [(path, reason) for path, reason in zip(paths, reasons, strict=True) if reason]
-        if broken:
-            path, reason = broken[0]
+        unusable = [(path, reason) for path, reason in zip(paths, reasons, strict=True) if reason]
+        if unusable:
+            path, reason = unusable[0]
             raise CommandError(
-                f'{len(broken)} of the {len(paths)} {split} images do not open, the first is {path} ({reason}); '
+                f'{len(unusable)} of the {len(paths)} {split} images cannot be used, the first is {path} ({reason}); '
                 'replace or delete them'
             )
     return datasets
 
 
-def _why_broken(path: str) -> str:
+def _refuse_loops(folder: Path, above: tuple[str, ...] = ()) -> None:
+    """Raise CommandError where a link leads back to a folder that it lies in: timm would follow it again and again."""
+    if not folder.is_dir():
+        return
+    real = os.path.realpath(folder)
+    if real in above:
+        raise CommandError(f'{folder} is a link that leads back to {real}, in which it lies; delete it')
+    with os.scandir(folder) as entries:
+        folders = [Path(entry.path) for entry in entries if entry.is_dir()]
+    for inner in folders:
+        _refuse_loops(inner, (*above, real))
+
+
+def _why_unusable(path: str) -> str:
+    if not os.path.isfile(path):
+        return 'it is not a file'  # a fifo would be waited for
     try:
         with Image.open(path) as image:
             image.load()
+            # timm converts it to RGB, which cuts off what is above 255
+            return 'its values have more than 8 bits, so timm would make it white' if image.mode[0] in 'IF' else ''
     except Exception as error:  # a decoder may raise anything on a broken file
         return f'{type(error).__name__}: {error}'
-    return ''
 
 
-def prepare(name: str, root: Path, source: Path | None = None) -> None:
-    """Make the folder of images, or go on where an interrupted call stopped.
-
-    The work is done in a folder beside `root` whose name ends in `.partial`; it gets its final name when every image
-    was written and opens.
+def prepare(name: str, root: Path, source: Path | None = None, per_class: int | None = None) -> None:
+    """Make the folder of images, or check the one that is there.
 
     Args:
         name: Key of `DATASETS`.
         root: Folder to make.
         source: Folder with the data set's own files; where there is none they are downloaded.
+        per_class: Training images of each class, the first ones; all where it is None.
 
     Raises:
         CommandError: If `root` holds something else, or the source is missing or broken.
+        OSError: If the folder cannot be written.
     """
-    if not root.name:
+    if not root.name:  # `.` would be replaced under the feet of who is in it
         raise CommandError(f'{root} cannot be ROOT: give the name of a new folder')
-    if root.exists() and not (root.is_dir() and not any(root.iterdir())):
-        print(f'{root} is complete\n{_describe(_read_complete(name, root))}')
+    if os.path.lexists(root) and not (root.is_dir() and not any(root.iterdir())):
+        print(f'{root} is complete: {_sizes(**_check_complete(name, root, per_class))}')
         return
-    partial = root.with_name(f'{root.name}.{name}.partial')
-    download = partial / 'download'
-    classes, splits = _load(name, source, download)
-
-    for split, (images, labels) in splits.items():
-        for folder in classes:
-            (partial / split / folder).mkdir(parents=True, exist_ok=True)
-        for index, image in enumerate(tqdm(images, f'Writing {split}', unit=' images')):
-            label = labels[index]
-            path = partial / split / classes[label] / f'{index:05d}.png'
-            if not path.exists():
-                padding = [(PADDING, PADDING)] * 2 + [(0, 0)] * (image.ndim - 2)
-                aside = path.with_suffix('.tmp')
-                Image.fromarray(np.pad(image, padding)).save(aside, 'PNG')
-                aside.replace(path)
-
-    datasets = check(partial, len(classes))
-    for split, (_, labels) in splits.items():
-        wanted = {os.path.join(classes[label], f'{index:05d}.png') for index, label in enumerate(labels)}
-        if set(datasets[split].filenames()) != wanted:
-            raise CommandError(f'{partial} holds images of another data set; delete it and run again')
-    mean, std = _mean_and_std(splits['train'][0])
-    facts = {
-        'dataset': name,
-        'classes': classes,
-        **{split: len(labels) for split, (_, labels) in splits.items()},
-        'mean': mean,
-        'std': std,
-    }
-    (partial / 'dataset.json').write_text(json.dumps(facts, indent=2) + '\n')
-    if download.exists():
-        shutil.rmtree(download)
-    partial.rename(root)
-    print(f'{root} is ready for train.py --data-dir\n{_describe(facts)}')
+    with written_aside(root) as aside:
+        classes, splits = _load(name, source, aside / 'download')
+        if per_class is not None:
+            splits['train'] = _first(per_class, *splits['train'])
+        for split, (images, labels, indices) in splits.items():
+            for folder in classes:
+                (aside / split / folder).mkdir(parents=True)
+            padding = [(PADDING, PADDING)] * 2 if split == 'train' else [(0, 0)] * 2
+            for image, label, index in zip(tqdm(images, f'Writing {split}', unit=' images'), labels, indices):
+                padded = np.pad(image, padding + [(0, 0)] * (image.ndim - 2))
+                Image.fromarray(padded).save(aside / split / classes[label] / f'{index:05d}.png')
+        labels_of = {split: labels for split, (_, labels, _) in splits.items()}
+        facts = {'dataset': name, 'classes': classes, 'per_class': per_class}
+        facts |= {split: len(labels) for split, labels in labels_of.items()}
+        (aside / 'dataset.json').write_text(json.dumps(facts, indent=2) + '\n')
+        shutil.rmtree(aside / 'download', ignore_errors=True)
+    print(f'{root} is ready for train.py --data-dir: {_sizes(**labels_of)}')
 
 
-def _read_complete(name: str, root: Path) -> dict:
-    try:
-        facts = json.loads((root / 'dataset.json').read_text())
-        complete = facts['dataset'] == name and all(
-            sum(1 for _ in (root / split).glob('*/*.png')) == facts[split] for split in SPLITS
-        )
-    except (OSError, ValueError, KeyError, TypeError):
-        complete = False
-    if not complete:
-        raise CommandError(f'{root} exists and is not a complete {name} folder; delete it or give another ROOT')
-    return facts
-
-
-def _describe(facts: dict) -> str:
-    return (
-        f'{len(facts["classes"])} classes, {facts["train"]} training and {facts["validation"]} validation images\n'
-        f'mean: {facts["mean"]}\nstd: {facts["std"]}'
-    )
+def _check_complete(name: str, root: Path, per_class: int | None) -> dict:
+    """Check a folder that an earlier call made; return timm's dataset of each split."""
+    facts = None
+    with suppress(OSError, ValueError, RecursionError):
+        facts = json.loads(read_text(root / 'dataset.json'))
+    wanted = {'dataset': name, 'per_class': per_class}
+    if not isinstance(facts, dict) or any(facts.get(key, ...) != value for key, value in wanted.items()):
+        raise CommandError(f'{root} exists and is not what this makes; delete it or give another ROOT')
+    datasets = check(root)
+    for split, dataset in datasets.items():
+        if len(dataset) != facts.get(split) or list(dataset.reader.class_to_idx) != facts.get('classes'):
+            raise CommandError(f'{root} has lost or gained {split} images; delete it or give another ROOT')
+    return datasets
 
 
 def _load(name: str, source: Path | None, download: Path) -> tuple[list[str], dict]:
-    """Read the images as (N, 32, 32) or (N, 32, 32, 3) bytes, with labels and the names of the class folders."""
+    """Read the images as (N, 32, 32) or (N, 32, 32, 3) bytes, their labels and numbers, and names for the folders."""
     if source is not None and not source.is_dir():
         raise CommandError(f'there is no folder {source} to take {name} from')
     if name == 'fashion_mnist' and source is None and DEBIAN_FASHION_MNIST.is_dir():
         source = DEBIAN_FASHION_MNIST
-    root, where = source or download, source or 'the download'
-    try:
+    failure = f'cannot read {name} from {source}' if source else f'cannot download {name}'
+    advice = 'check or replace its files' if source else 'run again, or give its files by --source'
+    torchvision_raises = EOFError, RuntimeError, TypeError, KeyError, AssertionError, zlib.error
+    with one_sentence(failure, *torchvision_raises, advice=advice):
         if name == 'fashion_mnist' and source is not None:
-            root = download
-            _unpack_fashion_mnist(source, root)
-        train, test = (DATASETS[name](str(root), train=train, download=source is None) for train in (True, False))
-    except (OSError, EOFError, RuntimeError, ValueError, TypeError, AssertionError, zlib.error) as error:
-        reason = str(error) or type(error).__name__
-        if source is None:
-            raise CommandError(
-                f'cannot download {name} ({reason}); run again, or give its files by --source'
-            ) from error
-        raise CommandError(f'cannot read {name} from {source} ({reason}); check or replace its files') from error
-
+            _unpack_fashion_mnist(source, download)
+            source = download
+        train, test = (
+            DATASETS[name](str(source or download), train=train, download=source is None) for train in (True, False)
+        )
     splits = {}
     for split, dataset in zip(SPLITS, (train, test), strict=True):
-        images, labels = np.asarray(dataset.data), [int(label) for label in dataset.targets]
+        images, labels = np.asarray(dataset.data), np.asarray(dataset.targets)
         if name == 'fashion_mnist':
             if images.shape[1:] != (28, 28):
-                raise CommandError(f'the {split} images in {where} are {images.shape[1:]}, not (28, 28)')
+                raise CommandError(f'{failure}: the {split} images are {images.shape[1:]}, not (28, 28); {advice}')
             images = np.pad(images, [(0, 0), (2, 2), (2, 2)])
-        if not labels or len(images) != len(labels) or max(labels) >= len(dataset.classes):
-            raise CommandError(f'the {split} labels in {where} do not belong to the images')
-        splits[split] = images, labels
+        if not len(labels) or len(images) != len(labels) or labels.max() >= len(dataset.classes):
+            raise CommandError(f'{failure}: the {split} labels do not belong to the images; {advice}')
+        splits[split] = images, labels, np.arange(len(labels))
     return _class_folders(train.classes), splits
 
 
@@ -253,10 +262,19 @@ def _unpack_fashion_mnist(source: Path, download: Path) -> None:
     if missing:
         raise CommandError(f'{source} has no {missing[0]}; --source must be the folder of the four idx .gz files')
     raw = download / FashionMNIST.__name__ / 'raw'  # where torchvision looks for the unpacked files
-    raw.mkdir(parents=True, exist_ok=True)
+    raw.mkdir(parents=True)
     for filename, _ in FashionMNIST.resources:
         with gzip.open(source / filename) as packed, open(raw / Path(filename).stem, 'wb') as unpacked:
             shutil.copyfileobj(packed, unpacked)
+
+
+def _first(count: int, images: np.ndarray, labels: np.ndarray, indices: np.ndarray) -> tuple[np.ndarray, ...]:
+    """Keep the first `count` images of each class, in their order."""
+    by_class = [np.flatnonzero(labels == label)[:count] for label in np.unique(labels)]
+    if (fewest := min(map(len, by_class))) < count:
+        raise CommandError(f'--per-class {count} is more than the {fewest} training images of a class')
+    chosen = np.sort(np.concatenate(by_class))
+    return images[chosen], labels[chosen], indices[chosen]
 
 
 def _class_folders(classes: Sequence[str]) -> list[str]:
@@ -265,14 +283,3 @@ def _class_folders(classes: Sequence[str]) -> list[str]:
         return folders
     width = len(str(len(folders) - 1))
     return [f'{index:0{width}d}_{folder}' for index, folder in enumerate(folders)]
-
-
-def _mean_and_std(images: np.ndarray) -> tuple[list[float], list[float]]:
-    pixels = images.reshape(-1, images.shape[3] if images.ndim == 4 else 1)
-    # the counts of the 256 values give both exactly, without a copy of all pixels in float
-    values = np.arange(256) / 255
-    counts = np.stack([np.bincount(channel, minlength=256) for channel in pixels.T])
-    mean = counts @ values / len(pixels)
-    std = np.sqrt(counts @ values**2 / len(pixels) - mean**2)
-    repeat = 3 // len(mean)  # a grey image becomes three equal channels
-    return [round(float(m), 4) for m in mean] * repeat, [round(float(s), 4) for s in std] * repeat

@@ -5,9 +5,7 @@ optimiser, scheduler and export are timm's; the loop is what train.py does, in a
 """
 
 import argparse
-import os
 import random
-import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -28,6 +26,8 @@ from tqdm import tqdm
 
 from ..recalibration import MultiScaleRecalibration
 from .errors import CommandError, one_sentence
+from .whole_number import whole_number
+from .written_aside import written_aside
 
 # Of the loader and of the saved network, so that who loads it prepares images as they were here.
 DATA_CONFIG: dict[str, Any] = {
@@ -63,53 +63,45 @@ class Digits(Dataset):
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `timm-msar demo`."""
     parser.add_argument('--output', type=Path, default=Path('demo'), help='folder to write to (default: %(default)s)')
-    parser.add_argument('--epochs', type=int, default=8, help='passes over the images (default: %(default)s)')
-    parser.add_argument('--seed', type=int, default=0, help='seed of everything random (default: %(default)s)')
+    parser.add_argument(
+        '--epochs', type=whole_number(1), default=8, help='passes over the images (default: %(default)s)'
+    )
+    # NumPy takes no other seed.
+    parser.add_argument(
+        '--seed', type=whole_number(0, 2**32 - 1), default=0, help='seed of everything random (default: %(default)s)'
+    )
 
 
 def main(args: argparse.Namespace) -> None:
     """Run the demo and say where everything is."""
-    if args.epochs < 1:
-        raise CommandError(f'--epochs must be at least 1, not {args.epochs}.')
-    if not 0 <= args.seed < 2**32:  # NumPy takes no other
-        raise CommandError(f'--seed must be from 0 to {2**32 - 1}, not {args.seed}.')
     try:
         import matplotlib  # noqa: F401
         import sklearn  # noqa: F401
     except ImportError as error:
         raise CommandError(f'{error.name} is missing: run pip install "timm-msar[demo]".') from error
-    output = args.output.resolve()
-    partial = output.with_name(f'{output.name}.{os.getpid()}.partial')
-    written = {'weights', 'gates.png'}
-    if output.exists() and not (output.is_dir() and {path.name for path in output.iterdir()} <= written):
-        raise CommandError(f'{args.output} is not an earlier demo: pass the name of a new folder with --output.')
-
     random.seed(args.seed)
     np.random.seed(args.seed)
     torch.manual_seed(args.seed)
-    start = time.monotonic()
-    try:
-        with one_sentence(f'cannot write {args.output}', SafetensorError, advice='nothing was kept'):
-            # Written aside: a demo that is cut off must not take away an earlier one.
-            partial.mkdir(parents=True)
+    start, output = time.monotonic(), args.output
+    with one_sentence(f'cannot write {output}', SafetensorError, advice='nothing was kept'):
+        if output.exists() and not (output.is_dir() and {p.name for p in output.iterdir()} <= {'weights', 'gates.png'}):
+            raise CommandError(f'{output} is not an earlier demo; give the name of a new folder with --output')
+        with written_aside(output) as aside:
+            aside.mkdir()
             model, accuracy = train(args.epochs)
-            save(model, partial / 'weights')
-            loaded = timm.create_model(f'local-dir:{partial / "weights"}', pretrained=True).eval()
+            save(model, aside / 'weights')
+            loaded = timm.create_model(f'local-dir:{aside / "weights"}', pretrained=True).eval()
             images = torch.cat([x for x, _ in loader(Digits(held_out=True), is_training=False)])
             with torch.inference_mode():
                 difference = (loaded(images) - model(images)).abs().max().item()
             if difference:
                 raise RuntimeError(f'the logits of the weights loaded back differ by {difference}')
-            draw(loaded, images, partial / 'gates.png')
-            shutil.rmtree(output, ignore_errors=True)
-            partial.rename(output)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+            draw(loaded, images, aside / 'gates.png')
 
     print(f'\nheld-out accuracy   {accuracy:.2f} % after {args.epochs} epochs, {time.monotonic() - start:.0f} s')
-    print(f'weights             {args.output / "weights"} (loaded back: the same logits)')
-    print(f'gates               {args.output / "gates.png"}')
-    print(f"use them            timm.create_model('local-dir:{args.output / 'weights'}', pretrained=True)")
+    print(f'weights             {output / "weights"} (loaded back: the same logits)')
+    print(f'gates               {output / "gates.png"}')
+    print(f"use them            timm.create_model('local-dir:{output / 'weights'}', pretrained=True)")
     print('                    after import timm, timm_msar')
 
 

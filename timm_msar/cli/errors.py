@@ -3,13 +3,22 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import yaml
+
+# What yaml.safe_load raises besides ValueError: for `!!bool maybe`, `!!int`, and brackets a thousand deep.
+YAML_ERRORS = yaml.YAMLError, KeyError, AttributeError, RecursionError
+
 
 class CommandError(Exception):
     """Something the user can put right; its text is the whole message, without a traceback."""
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's text, or its class where it has none."""
+    """What is wrong, in one line: without the number of an OSError, with the line of a YAML file."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem and error.problem_mark:
+        return f'{error.problem} in line {error.problem_mark.line + 1}'
     return next(iter(str(error).splitlines()), type(error).__name__)
 
 
@@ -28,6 +37,7 @@ def one_sentence(failure: str, *others: type[Exception], advice: str = '') -> It
     """
     try:
         yield
+    except BrokenPipeError:  # who reads what is printed has gone, as `| head` does
+        raise
     except (OSError, ValueError, *others) as error:  # type: ignore[misc]
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else first_line(error)
-        raise CommandError(f'{failure}: {reason}{f"; {advice}" if advice else ""}') from error
+        raise CommandError(f'{failure}: {first_line(error)}{f"; {advice}" if advice else ""}') from error

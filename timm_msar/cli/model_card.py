@@ -11,7 +11,7 @@ import torch
 from huggingface_hub import EvalResult, ModelCardData
 
 from ..recalibration import MultiScaleRecalibration
-from .costs import count
+from .multiply_adds import multiply_adds
 from .training_data import TrainingData
 
 IMAGE_URL = 'https://huggingface.co/datasets/huggingface/documentation-images/resolve/main/beignets-task-guide.png'
@@ -54,7 +54,7 @@ def model_card(
     cfg = model.pretrained_cfg
     in_chans, height, width = cfg['input_size']
     params = sum(parameter.numel() for parameter in model.parameters())
-    macs = count(model, (in_chans, height, width))[1]
+    macs = multiply_adds(model, (in_chans, height, width))
     title, dataset = as_markdown(model_id.rpartition('/')[2].removeprefix('local-dir:')), as_markdown(data.name)
     shapes, unpooled = _feature_shapes(source, model)
     own = (title, *(f'{results[name]:.2f}' if name in results else 'not measured' for name in METRICS))

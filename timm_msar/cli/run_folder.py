@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from .errors import CommandError, one_sentence
+from .errors import YAML_ERRORS, CommandError, one_sentence
 
 TRAIN_PY = 'is this the output folder of train.py?'
 MAX_SIZE = 4096  # pixels; larger images do not fit in memory as activations
@@ -86,9 +86,8 @@ def read_arguments(run: Path) -> dict[str, Any]:
         CommandError: There is no such file, it is not YAML, it names no model, or a value is of another type.
     """
     path = run / 'args.yaml'
-    # safe_load raises these, too: for dates that are none (2024-13-45), `!!int abc`, `!!bool maybe`, and deep nesting.
-    with one_sentence(f'cannot read {path}', yaml.YAMLError, KeyError, AttributeError, RecursionError, advice=TRAIN_PY):
-        return check_arguments(yaml.safe_load(_read_text(path)), path)
+    with one_sentence(f'cannot read {path}', *YAML_ERRORS, advice=TRAIN_PY):
+        return check_arguments(yaml.safe_load(read_text(path)), path)
 
 
 def check_arguments(arguments: Any, where: Path) -> dict[str, Any]:
@@ -125,7 +124,7 @@ def read_summary(path: Path) -> list[dict[str, float]]:
             accuracy is impossible, or the epochs are in disorder.
     """
     with one_sentence(f'cannot read {path}', advice='train.py writes it after each validation'):
-        text = _read_text(path)
+        text = read_text(path)
     lines = text.split('\n')  # the file has no quotes: train.py writes numbers alone
     header = lines[0].rstrip('\r').split(',')
     validated = any(name in header for name in EVAL_COLUMNS)
@@ -162,7 +161,7 @@ def read_summary(path: Path) -> list[dict[str, float]]:
     return list(rows.values())
 
 
-def _read_text(path: Path) -> str:
+def read_text(path: Path) -> str:
     if path.exists() and not path.is_file():
         raise OSError(0, 'it is not a file')  # a fifo would be waited for
     return path.read_text(encoding='utf-8')
