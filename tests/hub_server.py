@@ -48,6 +48,9 @@ class Fault:
     headers: dict[str, str] = field(default_factory=dict)
     drop_after: int | None = None  # bytes: of a GET's reply, which then ends; of another request, which is then reset
     corrupt: bool = False  # flips one bit in the middle of the reply
+    body: bytes | None = None  # is answered in place of the right content
+    silent: bool = False  # the connection is accepted and kept, and nothing is answered
+    applied: bool = False  # the request is carried out first, and only its answer goes wrong
 
 
 class HubError(Exception):
@@ -73,6 +76,7 @@ class Hub:
         self.faults: list[Fault] = []
         self.requests: list[tuple[str, str, int]] = []
         self.lock = threading.Lock()
+        self.stopped = threading.Event()
         handler = type('Handler', (_Handler,), {'hub': self})
         self._servers = [ThreadingHTTPServer(('127.0.0.1', 0), handler) for _ in range(2)]
         self.url, self.storage_url = (f'http://127.0.0.1:{server.server_port}' for server in self._servers)
@@ -84,6 +88,7 @@ class Hub:
         return self
 
     def __exit__(self, *_) -> None:
+        self.stopped.set()
         for server in self._servers:
             server.shutdown()
             server.server_close()
@@ -237,13 +242,20 @@ class _Handler(BaseHTTPRequestHandler):
         self.sent: int | None = None
         fault = self.take_fault(url.path)
         length = int(self.headers.get('Content-Length') or 0)
-        self.corrupt = self.drop_reply_after = None
+        self.corrupt = self.drop_reply_after = self.instead = None
+        if fault and fault.applied:
+            self.instead, fault = fault, None
+        if fault and fault.silent:
+            self.record(url.path, 0)
+            return self.say_nothing()
         if fault and fault.drop_after is not None and self.command != 'GET':
             self.rfile.read(min(fault.drop_after, length))
             self.record(url.path, 0)
             return self.hang_up()
         self.body = self.read_body(length)
         try:
+            if fault and fault.body is not None:
+                return self.reply(fault.status or 200, fault.body, fault.headers)
             if fault and fault.status:
                 message = f'Fault on demand: {fault.status}'
                 return self.reply_json(fault.status, {'error': message}, {'X-Error-Message': message, **fault.headers})
@@ -287,6 +299,11 @@ class _Handler(BaseHTTPRequestHandler):
         self.rfile.readline()
         return b''.join(chunks)
 
+    def say_nothing(self) -> None:
+        """Keeps the connection until the server stops."""
+        self.hub.stopped.wait()
+        self.close_connection = True
+
     def hang_up(self) -> None:
         """Resets the connection without an answer."""
         self.close_connection = True
@@ -300,6 +317,13 @@ class _Handler(BaseHTTPRequestHandler):
         return json.loads(self.body)
 
     def reply(self, status: int, content: bytes, headers: dict[str, str] | None = None) -> None:
+        if self.instead:
+            fault, self.instead = self.instead, None
+            if fault.silent:
+                return self.say_nothing()
+            if fault.body is None and not fault.status:
+                return self.hang_up()
+            status, content = fault.status or status, fault.body or b''
         self.sent = status
         self.send_response(status)
         for key, value in {'X-Request-Id': uuid.uuid4().hex, **(headers or {})}.items():
