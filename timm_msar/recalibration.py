@@ -21,11 +21,12 @@ from timm.layers import create_act_layer
 from timm.models import register_notrace_module
 from torch import Tensor
 
-from .regions import recalibrate, regional_means, sliding_means
+from .regions import recalibrate, region_matrices, regional_means, sliding_means
 
 __all__ = ['MultiScaleRecalibration']
 
 # These follow the size of the map, which a symbolic tracer does not know: it records a call to them instead.
+torch.fx.wrap('region_matrices')
 torch.fx.wrap('regional_means')
 torch.fx.wrap('sliding_means')
 torch.fx.wrap('recalibrate')
@@ -108,11 +109,11 @@ class Gate(nn.Module):
         self.gate = create_act_layer(gate_layer)
 
     def forward(self, y: Tensor) -> Tensor:
-        """Map means y, (B, h, w, source_channels), to gates z, (B, h, w, channels)."""
-        rows = y.flatten(0, 2)
+        """Map means y of n regions, (B, n, source_channels), to gates z, (B, n, channels)."""
+        rows = y.flatten(0, 1)
         rows = self.act(self.bn1(F.linear(rows, self.fc1.weight.flatten(1))))
         rows = self.gate(self.bn2(F.linear(rows, self.fc2.weight.flatten(1))))
-        return rows.view(y.shape[0], y.shape[1], y.shape[2], rows.shape[1])
+        return rows.view(y.shape[0], y.shape[1], rows.shape[1])
 
 
 @register_notrace_module
@@ -187,11 +188,6 @@ class MultiScaleRecalibration(nn.Module):
         """The arguments that the sub-modules do not show."""
         return f'{self.channels}, scales={self.scales}, strategy={self.strategy}'
 
-    def z(self, source: Tensor) -> list[Tensor]:
-        """z_K of every scale, Eq. (1), (B, K, K, channels) on its regions, or (B, H, W, channels) when sliding."""
-        y = regional_means(source, self.scales) if self.strategy == 'regional' else sliding_means(source, self.scales)
-        return [gate(y[i]) for i, gate in enumerate(self.scale.values())]
-
     def gates(self, x: Tensor, source: Tensor | None = None) -> dict[int, Tensor]:
         """The gates of each scale at every position; their mean is Z of Eq. (2).
 
@@ -203,16 +199,29 @@ class MultiScaleRecalibration(nn.Module):
             For each scale K gates of the shape of x.
         """
         ones = torch.ones_like(x)
-        z = self.z(x if source is None else source)
-        return {k: self._times_mean(ones, [z_k], [k]) for k, z_k in zip(self.scales, z)}
+        z = self.z(x if source is None else source, self.regions(x, self.scales))
+        return {k: self.scaled(ones, [z_k], self.regions(x, [k]), [k]) for k, z_k in zip(self.scales, z)}
 
-    def _times_mean(self, x: Tensor, z: list[Tensor], scales: list[int]) -> Tensor:
+    def regions(self, x: Tensor, scales: list[int]) -> list[Tensor]:
+        """What means and gates of a map x have in common, computed once."""
+        return region_matrices(x, scales) if self.strategy == 'regional' else []
+
+    def z(self, source: Tensor, regions: list[Tensor]) -> list[Tensor]:
+        """z_K of every scale, Eq. (1), (B, n, channels) at its n = K² regions, or at every position when sliding."""
         if self.strategy == 'regional':
-            return recalibrate(x, z, scales)
+            y = regional_means(source, self.scales, regions)
+        else:
+            y = sliding_means(source, self.scales)
+        return [gate(y[i]) for i, gate in enumerate(self.scale.values())]
+
+    def scaled(self, x: Tensor, z: list[Tensor], regions: list[Tensor], scales: list[int]) -> Tensor:
+        """x times the mean of z, Eq. (2)."""
+        if self.strategy == 'regional':
+            return recalibrate(x, z, scales, regions)
         total = z[0]
         for z_k in z[1:]:
             total = total + z_k
-        return x * (total / len(z)).permute(0, 3, 1, 2)
+        return x * (total / len(z)).unflatten(1, (x.shape[2], x.shape[3])).permute(0, 3, 1, 2)
 
     def forward(self, x: Tensor, source: Tensor | None = None) -> Tensor:
         """x ⊙ Z, Eq. (2).
@@ -224,4 +233,6 @@ class MultiScaleRecalibration(nn.Module):
         Returns:
             A tensor of the shape of x.
         """
-        return self._times_mean(x, self.z(x if source is None else source), self.scales)
+        regions = self.regions(x, self.scales)
+        z = self.z(x if source is None else source, regions)
+        return self.scaled(x, z, regions, self.scales)
