@@ -105,7 +105,7 @@ def test_an_error_leaves_the_model_as_it_was_too():
 
 
 def test_a_compiled_network():
-    model, images = network()
+    model, images = network(layers=(1, 1, 1))
     expected = gates(model, images)
     compiled = torch.compile(model, backend='eager')
     with torch.no_grad():
@@ -161,7 +161,7 @@ def test_what_has_no_answer_is_told():
     plain = timm.create_model('cifar_resnet20')
     for function in (gates, asymmetry):
         with pytest.raises(
-            ValueError, match=r'^CifarResNet has no MultiScaleRecalibration layer, so it has no gates\.$'
+            ValueError, match=r'^CifarResNet has no MultiScaleRecalibration layer'
         ):
             function(plain, torch.randn(2, 3, 32, 32))
     with pytest.raises(ValueError, match='needs at least two'):

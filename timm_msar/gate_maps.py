@@ -18,15 +18,13 @@ def gates(model: nn.Module, images: Tensor, per_scale: bool = False) -> dict[str
     The model is left as it was: running statistics do not change, and every module gets its own mode back.
 
     Args:
-        model: A network with MultiScaleRecalibration layers: one of this package, or a timm network that was given
-            the layer by its `block_args`.
-        images: What the network takes, (B, C, H, W), on its device.
+        model: A network with MultiScaleRecalibration layers, of this package or timm's with the layer in `block_args`.
+        images: What the network takes, (B, C, H, W).
         per_scale: Return the gates z_K of each scale, not only their mean Z of Eq. (2).
 
     Returns:
-        For each layer, by its name in `model.named_modules()` and in the order of the forward pass, its gates: a tensor
-        of the shape of what they multiply, (B, channels, height, width). With `per_scale`, a dict of such a tensor for
-        each scale K. Values are between 0, closed, and 1, open.
+        The gates of each layer, from 0, closed, to 1, open, by its name in `model.named_modules()` and in the order of
+        the forward pass: (B, channels, height, width), or with `per_scale` a dict of such a tensor for each K.
 
     Raises:
         ValueError: The model has no MultiScaleRecalibration layer.
@@ -41,18 +39,18 @@ def asymmetry(model: nn.Module, images: Tensor) -> dict[str, float]:
 
         share = Σ_c mean_b Var_p Z[b, c, p] / Σ_c Var_(b, p) Z[b, c, p]
 
-    The denominator is the numerator plus the variance between images of an image's mean gate. The latter is all that SE
-    can have, so the share is 0 for `scales=(1,)`. It is 1 where every image has the same mean gates, and 0 by definition
-    where all gates of a layer are constant, as in a warm start. How the mean gates of two channels differ is in neither:
-    it does not depend on the image, so the weights beside the gate could do the same.
+    The denominator is the numerator plus the variance between images of an image's mean gate, which is all that SE has.
+    So the share is 0 for `scales=(1,)`, 1 where every image has the same mean gates, and by definition 0 where nothing
+    varies, as in a warm start. That channels have different means counts in neither: this does not depend on the image,
+    so the weights beside the gate could do the same.
 
     Args:
         model: A network as for `gates`.
-        images: At least two images, (B, C, H, W). Of B images the variance between images is on average 1 - 1/B of
-            that of many, so few images give too high a share.
+        images: At least two images, (B, C, H, W). Few give too high a share: of B images the variance between images
+            is on average 1 - 1/B of that of many.
 
     Returns:
-        The share, from 0 to 1, by the layer's name, in the order of the forward pass.
+        The share of each layer, from 0 to 1, by its name.
 
     Raises:
         ValueError: The model has no MultiScaleRecalibration layer, or there are fewer than two images.
