@@ -160,9 +160,7 @@ def test_asymmetry_is_0_without_and_1_with_nothing_but_space():
 def test_what_has_no_answer_is_told():
     plain = timm.create_model('cifar_resnet20')
     for function in (gates, asymmetry):
-        with pytest.raises(
-            ValueError, match=r'^CifarResNet has no MultiScaleRecalibration layer'
-        ):
+        with pytest.raises(ValueError, match=r'^CifarResNet has no MultiScaleRecalibration layer'):
             function(plain, torch.randn(2, 3, 32, 32))
     with pytest.raises(ValueError, match='needs at least two'):
         asymmetry(network()[0], torch.randn(1, 3, 32, 32))
