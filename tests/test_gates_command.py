@@ -100,21 +100,22 @@ def test_the_scale_shows_closed_and_open():
     assert red[0] > 2 * red[2] and blue[2] > 2 * blue[0] and white.min() > 230
 
 
+@pytest.mark.slow
 def test_a_folder_gets_a_picture_of_each_image_and_a_contact_sheet(network, photo, tmp_path, capsys):
     images = tmp_path / 'images'
-    for name in ('a/1.png', 'b/1.png', 'b/contact_sheet.png', 'b/2.JPG'):
+    for name in ('a/1.png', 'b/1.JPG', 'b/contact_sheet.png'):
         (images / name).parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(COLORS).save(images / name)
     (images / 'notes.txt').touch()
     output = tmp_path / 'new' / 'gates'
     assert run(images, photo, photo, '--model', network, '--output', output) == 0
-    names = ['1-2.png', '1.png', '2.png', 'contact_sheet-2.png', 'contact_sheet.png', 'photo.png']
+    names = ['1-2.png', '1.png', 'contact_sheet-2.png', 'contact_sheet.png', 'photo.png']
     assert sorted(path.name for path in output.iterdir()) == names
     sizes = {name: Image.open(output / name).size for name in names}
-    assert sizes['1.png'] == sizes['photo.png'] and sizes['contact_sheet.png'][1] > 5 * 150
+    assert sizes['1.png'] == sizes['photo.png'] and sizes['contact_sheet.png'][1] > 4 * 150
     out = capsys.readouterr().out
-    assert f'{images / "b" / "1.png"}: ' in out and f'→ {output / "1-2.png"}\n' in out
-    assert out.endswith(f'{output / "contact_sheet.png"} has 5 images\n')
+    assert f'{images / "b" / "1.JPG"}: ' in out and f'→ {output / "1-2.png"}\n' in out
+    assert out.endswith(f'{output / "contact_sheet.png"} has 4 images\n')
 
 
 def test_one_picture_and_what_is_not_overwritten(network, photo, tmp_path, capsys):
@@ -134,6 +135,8 @@ def test_one_picture_and_what_is_not_overwritten(network, photo, tmp_path, capsy
 
 def test_the_shipped_weights_and_checkpoints(photo, tmp_path, capsys):
     path, name = make_run(tmp_path), 'cifar_resnet20_msar'
+    assert run(photo, '--model', name, '--output', tmp_path / '0.png') == 0
+    assert ': class ' in capsys.readouterr().out
     assert run(photo, '--model', name, '--checkpoint', path, '--output', tmp_path / '1.png') == 0
     out = capsys.readouterr().out
     assert any(f': {label} (' in out for label in CLASSES)  # from the folder that it was trained on

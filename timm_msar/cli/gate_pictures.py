@@ -125,7 +125,7 @@ def _show_gates(axis: Any, z: np.ndarray, image: np.ndarray) -> None:
     grey = image if image.ndim == 2 else image.mean(2)
     edges = np.hypot(*np.gradient(grey))
     black = np.zeros((height, width, 4))
-    black[..., 3] = 0.7 * np.clip(edges / max(np.quantile(edges, 0.98), 1e-3), 0, 1)
+    black[..., 3] = 0.55 * np.clip(edges / max(np.quantile(edges, 0.98), 1e-3), 0, 1)
     axis.imshow(black, extent=extent)
     axis.set_xlabel(f'{z.min():.2f} to {z.max():.2f}', fontsize=7, labelpad=2)
     axis.set_xticks([])
