@@ -133,10 +133,14 @@ def test_one_picture_and_what_is_not_overwritten(network, photo, tmp_path, capsy
     assert sorted(path.name for path in tmp_path.iterdir()) == ['gates.png', 'photo.png']
 
 
-def test_the_shipped_weights_and_checkpoints(photo, tmp_path, capsys):
+def test_the_shipped_weights(photo, tmp_path, capsys):
+    assert run(photo, '--model', 'cifar_resnet20_msar', '--output', tmp_path / 'gates.png') == 0
+    out = capsys.readouterr().out
+    assert f'{photo}: class ' in out and 'warm start' not in out
+
+
+def test_checkpoints(photo, tmp_path, capsys):
     path, name = make_run(tmp_path), 'cifar_resnet20_msar'
-    assert run(photo, '--model', name, '--output', tmp_path / '0.png') == 0
-    assert ': class ' in capsys.readouterr().out
     assert run(photo, '--model', name, '--checkpoint', path, '--output', tmp_path / '1.png') == 0
     out = capsys.readouterr().out
     assert any(f': {label} (' in out for label in CLASSES)  # from the folder that it was trained on
