@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 
 from .. import __version__
-from . import check_config, costs, curves, data, demo, export, push, speed
+from . import check_config, costs, curves, data, demo, export, gates, push, speed
 from .errors import CommandError
 
 COMMANDS = {
@@ -15,6 +15,7 @@ COMMANDS = {
     'data': data,
     'check-config': check_config,
     'curves': curves,
+    'gates': gates,
     'export': export,
     'push': push,
 }

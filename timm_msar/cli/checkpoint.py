@@ -18,6 +18,8 @@ from typing import Any, NamedTuple
 
 import timm
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from timm.models import clean_state_dict
 from torch import nn
 
@@ -50,6 +52,37 @@ def load_trained(path: Path, ema: str = 'auto') -> Trained:
     """
     checkpoint = read_checkpoint(path)
     args = _arguments(checkpoint, path)
+    state_dict, use_ema, validated_ema = _weights(checkpoint, args, path, ema)
+    results = _results(checkpoint, args, path)
+    model = _rebuild(args, state_dict, path)
+    return Trained(model, args, checkpoint['epoch'], use_ema, results if use_ema == validated_ema else {})
+
+
+def load_network(path: Path, name: str) -> tuple[Any, dict[str, Any]]:
+    """Rebuild a network from a checkpoint, validated or not, or from a safetensors file, which holds its weights only.
+
+    Args:
+        path: A checkpoint of train.py, or a file that ends in .safetensors.
+        name: The network's name.
+
+    Returns:
+        The network in evaluation mode, and train.py's arguments, {'model': name} for a safetensors file.
+
+    Raises:
+        CommandError: The file cannot be read, or does not hold the complete, finite weights of this network.
+    """
+    if path.suffix == '.safetensors':
+        with one_sentence(f'cannot read {path}', SafetensorError):
+            return _rebuild({'model': name}, load_file(path), path), {'model': name}
+    checkpoint = read_checkpoint(path)
+    args = _arguments(checkpoint, path)
+    if args['model'].partition('.')[0] != name.partition('.')[0]:
+        raise CommandError(f'{path} is a checkpoint of {args["model"]}, not of {name}')
+    return _rebuild(args, _weights(checkpoint, args, path, 'auto')[0], path), args
+
+
+def _weights(checkpoint: dict[str, Any], args: dict[str, Any], path: Path, ema: str) -> tuple[Any, bool, bool]:
+    """The weights asked for, whether they are the EMA, and whether the EMA is what train.py validated."""
     validated_ema = 'state_dict_ema' in checkpoint and not args.get('model_ema_force_cpu')
     use_ema = validated_ema if ema == 'auto' else ema == 'yes'
     key = 'state_dict_ema' if use_ema else 'state_dict'
@@ -59,9 +92,7 @@ def load_trained(path: Path, ema: str = 'auto') -> Trained:
             if use_ema
             else f'{path} has no `state_dict`, so it is not a checkpoint of train.py'
         )
-    results = _results(checkpoint, args, path)
-    model = _rebuild(args, checkpoint[key], path)
-    return Trained(model, args, checkpoint['epoch'], use_ema, results if use_ema == validated_ema else {})
+    return checkpoint[key], use_ema, validated_ema
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:

@@ -24,8 +24,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from ..recalibration import MultiScaleRecalibration
 from .errors import CommandError, one_sentence
+from .gate_pictures import contact_sheet, look
+from .gate_pictures import save as save_picture
 from .whole_number import whole_number
 from .written_aside import written_aside
 
@@ -164,34 +165,10 @@ def train(epochs: int) -> tuple[torch.nn.Module, float]:
 
 
 def draw(model: torch.nn.Module, images: Tensor, path: Path, count: int = 8) -> None:
-    """Draw test images with predictions, and the gates of the last layer of each stage averaged over channels."""
-    from matplotlib.figure import Figure
-
-    images = images[:: len(images) // count][:count]
-    layers = [model.get_submodule(f'stages.{i}.2.se') for i in range(3)]
-    gates: list[np.ndarray] = []
-
-    def keep(layer: MultiScaleRecalibration, inputs: tuple[Tensor, ...]) -> None:
-        gates.append(torch.stack(list(layer.gates(*inputs).values())).mean((0, 2)).numpy())
-
-    hooks = [layer.register_forward_pre_hook(keep) for layer in layers]
-    with torch.inference_mode():
-        probabilities = model(images).softmax(1)
-    for hook in hooks:
-        hook.remove()
-
-    figure = Figure(figsize=(1.6 * count, 7), layout='constrained')
-    axes = figure.subplots(1 + len(gates), count)
-    for column in range(count):
-        axes[0, column].imshow(images[column, 0].numpy(), cmap='gray')
-        axes[0, column].set_title(f'{probabilities[column].argmax()} ({probabilities[column].max():.0%})')
-    for row, maps in enumerate(gates, start=1):
-        for column in range(count):
-            shown = axes[row, column].imshow(maps[column], cmap='viridis', vmin=maps.min(), vmax=maps.max())
-        axes[row, 0].set_ylabel(f'stage {row}, {maps.shape[1]}×{maps.shape[2]}')
-        figure.colorbar(shown, ax=axes[row, :], shrink=0.8)
-    for axis in axes.flat:
-        axis.set_xticks([])
-        axis.set_yticks([])
-    figure.suptitle('Test images with predictions; gates of the last block of each stage, mean over channels')
-    figure.savefig(path, dpi=100)
+    """Draw test images with predictions and the gates of the last layer of each stage."""
+    digits = [str(i) for i in range(10)]
+    looks = [
+        look(model, image[None], DATA_CONFIG['mean'], DATA_CONFIG['std'], digits)
+        for image in images[:: len(images) // count][:count]
+    ]
+    save_picture(contact_sheet(looks, 'Test images with predictions; gates of the last block of each stage'), path)

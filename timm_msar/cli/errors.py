@@ -19,7 +19,8 @@ def first_line(error: BaseException) -> str:
         return error.strerror
     if isinstance(error, yaml.MarkedYAMLError) and error.problem and error.problem_mark:
         return f'{error.problem} in line {error.problem_mark.line + 1}'
-    return next(iter(str(error).splitlines()), type(error).__name__)
+    lines = [line.strip() for line in str(error).splitlines()] or [type(error).__name__]
+    return ' '.join(lines[:2]) if lines[0].endswith(':') else lines[0]  # load_state_dict says what after a colon
 
 
 @contextmanager
