@@ -1,8 +1,4 @@
-"""torchvision's Faster R-CNN with a feature pyramid on an MS-SAR network, trained on one image a step.
-
-    pip install timm-msar scikit-learn
-    python detection.py [--random]                # --random starts from no weights
-"""
+"""torchvision's Faster R-CNN on an MS-SAR network, one image a step. With --random it starts from no weights."""
 
 import sys
 from collections import OrderedDict
@@ -22,7 +18,7 @@ class Backbone(torch.nn.Module):
         super().__init__()
         self.body = timm.create_model(name, features_only=True, out_indices=(1, 2, 3, 4), **kwargs)
         self.fpn = FeaturePyramidNetwork(self.body.feature_info.channels(), out_channels)
-        self.out_channels = out_channels  # FasterRCNN asks for it
+        self.out_channels = out_channels
 
     def forward(self, x):
         return self.fpn(OrderedDict((str(i), feature) for i, feature in enumerate(self.body(x))))
@@ -36,8 +32,11 @@ digit = torch.nn.functional.interpolate(torch.tensor(load_digits().images[3][Non
 image = torch.nn.functional.pad(digit, (40, 24, 20, 44)).expand(3, -1, -1)
 target = {'boxes': torch.tensor([[40.0, 20.0, 104.0, 84.0]]), 'labels': torch.tensor([1 + 3])}
 optimizer = torch.optim.AdamW(model.parameters(), lr=5e-4)
-for step in range(15):
+losses = []
+for _ in range(15):
     loss = sum(model([image], [target]).values())
-    first = loss.item() if step == 0 else first
-    optimizer.zero_grad(), loss.backward(), optimizer.step()
-print(f'loss of the last step over that of the first: {loss.item() / first:.4f}')
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    losses.append(loss.item())
+print(f'loss of the last step over that of the first: {losses[-1] / losses[0]:.4f}')

@@ -1,7 +1,6 @@
 """One ONNX file for every batch, height and width, run by onnxruntime.
 
-    pip install timm-msar[examples]
-    python onnx_any_size.py [FILE.onnx] [--random]    # --random exports a network without weights
+python onnx_any_size.py [FILE.onnx] [--random]; --random exports a network without weights.
 """
 
 import sys

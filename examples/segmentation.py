@@ -1,7 +1,6 @@
 """A U-Net on an MS-SAR network, with segmentation_models.pytorch: it learns where the ink of handwritten digits is.
 
-    pip install timm-msar[examples] scikit-learn
-    python segmentation.py [ENCODER] [--deeplab] [--random]
+python segmentation.py [ENCODER] [--deeplab] [--random]
 
 ENCODER is `tu-` before a network's name. A network for 32×32 images has three features, hence the depth of 2.
 --deeplab takes DeepLabV3+ at output stride 16 instead, for ImageNet networks. --random starts from no weights.

@@ -1,8 +1,7 @@
 """A folder made by `timm-msar export`, in transformers' image classification pipeline.
 
-    pip install timm-msar[examples]
-    timm-msar export output/train/RUN/model_best.pth.tar --output my_model
-    python transformers_pipeline.py my_model IMAGE
+timm-msar export output/train/RUN/model_best.pth.tar --output my_model
+python transformers_pipeline.py my_model IMAGE
 """
 
 import sys
