@@ -1,7 +1,6 @@
 """torchvision's Faster R-CNN on an MS-SAR network, one image a step. With --random it starts from no weights."""
 
 import sys
-from collections import OrderedDict
 
 import timm
 import torch
@@ -21,7 +20,7 @@ class Backbone(torch.nn.Module):
         self.out_channels = out_channels
 
     def forward(self, x):
-        return self.fpn(OrderedDict((str(i), feature) for i, feature in enumerate(self.body(x))))
+        return self.fpn({str(i): feature for i, feature in enumerate(self.body(x))})
 
 
 torch.manual_seed(0)
@@ -34,9 +33,8 @@ target = {'boxes': torch.tensor([[40.0, 20.0, 104.0, 84.0]]), 'labels': torch.te
 optimizer = torch.optim.AdamW(model.parameters(), lr=5e-4)
 losses = []
 for _ in range(15):
-    loss = sum(model([image], [target]).values())
+    losses.append(sum(model([image], [target]).values()))
     optimizer.zero_grad()
-    loss.backward()
+    losses[-1].backward()
     optimizer.step()
-    losses.append(loss.item())
 print(f'loss of the last step over that of the first: {losses[-1] / losses[0]:.4f}')
