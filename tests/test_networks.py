@@ -115,6 +115,27 @@ def test_features(name):
     assert torch.equal(early[0], features[1])
 
 
+@pytest.mark.parametrize('name', [n for n in NAMES if n.startswith('cifar')])
+def test_cifar_features_are_one_a_stride(name):
+    """Decoders such as segmentation_models.pytorch's take a network apart by these numbers."""
+    info = create(name, device='meta', features_only=True).feature_info
+    assert info.reduction() == [1, 2, 4]
+    assert info.module_name() == ['stages.0', 'stages.1', 'stages.2']
+
+
+@pytest.mark.parametrize('name', [n for n in NAMES if n.startswith('cifar')])
+@torch.no_grad()
+def test_the_children_without_the_last_are_the_network_without_its_classifier(name):
+    model = create(name, drop_rate=0.5).eval()
+    x = images(name)[..., :16, :16]
+    expected = model.forward_head(model.forward_features(x), pre_logits=True)
+    assert expected.shape == (2, model.num_features)
+    assert torch.equal(nn.Sequential(*list(model.children())[:-1])(x), expected)
+    assert torch.equal(nn.Sequential(*model.children())(x), model(x))
+    model.reset_classifier(3)
+    assert torch.equal(nn.Sequential(*list(model.children())[:-1])(x), expected)
+
+
 @pytest.mark.parametrize('name', SMALL)
 def test_pruned_to_a_feature(name):
     model = create(name).eval()
@@ -160,12 +181,8 @@ def test_a_caller_can_override_the_sizes_of_a_network():
     model = create('cifar_resnet20_msar', layers=(1, 2, 1), channels=(8, 8, 16), drop_path_rate=0.3)
     assert [len(stage) for stage in model.stages] == [1, 2, 1]
     assert model.stages[2][0].drop_path.drop_prob == pytest.approx(0.3)
-    assert [f.shape[-1] for f in model.forward_intermediates(images('cifar'), intermediates_only=True)] == [
-        32,
-        32,
-        16,
-        8,
-    ]
+    features = model.forward_intermediates(images('cifar'), intermediates_only=True)
+    assert [feature.shape[1:] for feature in features] == [(8, 32, 32), (8, 16, 16), (16, 8, 8)]
     assert len(create('resnet18_msar', layers=(1, 1, 1, 1)).layer1) == 1
     assert len(create('cifar_densenet100_msar', depth=2).stages[0]) == 2
 

@@ -108,7 +108,7 @@ class CifarDenseNet(CifarNet):
             raise TypeError('multi_level is an argument of the networks with MS-SAR: this one has no gates.')
         dd = {'device': device, 'dtype': dtype}
         channels = 2 * growth_rate
-        feature_chs = [channels]
+        feature_chs: list[int] = []
         stem = nn.Sequential(
             OrderedDict(conv=nn.Conv2d(in_chans, channels, kernel_size=3, padding=1, bias=False, **dd))
         )
@@ -131,7 +131,7 @@ class CifarDenseNet(CifarNet):
 
 
 def _create_cifar_densenet(variant: str, pretrained: bool, **kwargs) -> CifarDenseNet:
-    feature_cfg = {'out_indices': (0, 1, 2, 3), 'flatten_sequential': True}
+    feature_cfg = {'out_indices': (0, 1, 2), 'flatten_sequential': True}
     return build_model_with_cfg(CifarDenseNet, variant, pretrained, feature_cfg=feature_cfg, **kwargs)
 
 

@@ -46,12 +46,15 @@ def _feature_indices(indices: int | Sequence[int] | None, num_features: int) -> 
 
 
 class CifarNet(nn.Module):
-    """A network for 32×32 images with four features: the stem's (stride 1) and those of the stages (1, 2, 4).
+    """A network for 32×32 images whose features are those of its stages, at strides 1, 2 and 4.
+
+    The stem's are no feature of their own: they have the first stage's stride, and who builds on features (a feature
+    pyramid, segmentation_models.pytorch) expects one a stride.
 
     Args:
-        stem: Maps images to the first features.
+        stem: Maps images to the input of the first stage.
         stages: The three stages.
-        feature_chs: Channels of the four features.
+        feature_chs: Channels of the features of each stage.
         num_classes: Classes, 0 for no classifier.
         in_chans: Channels of the images.
         global_pool: timm's name of the pooling before the classifier, '' for none.
@@ -77,14 +80,9 @@ class CifarNet(nn.Module):
         self.stem = stem
         self.stages = nn.Sequential(*stages)
         self.register_load_state_dict_pre_hook(complete_gates)
-        # FeatureListNet takes a Sequential apart, so it knows the stem by its last layer.
-        stem_end = [name for name, _ in stem.named_children()][-1]
-        names = [f'stem.{stem_end}', *(f'stages.{i}' for i in range(len(stages)))]
         self.feature_info = [
-            {'num_chs': chs, 'reduction': reduction, 'module': name}
-            for chs, reduction, name in zip(feature_chs, (1, 1, 2, 4), names)
+            {'num_chs': chs, 'reduction': 2**i, 'module': f'stages.{i}'} for i, chs in enumerate(feature_chs)
         ]
-        self.feature_chs = list(feature_chs)
         self.num_features = feature_chs[-1]
         # In the order of use, so that list(model.children())[:-1] is the network without its classifier.
         self.global_pool, fc = create_classifier(
@@ -153,8 +151,8 @@ class CifarNet(nn.Module):
             raise ValueError(f"output_fmt must be 'NCHW', not {output_fmt!r}.")
         take = _feature_indices(indices, len(self.feature_info))
         x = self.stem(x)
-        intermediates = [x] if 0 in take else []
-        for i, stage in enumerate(self.stages, start=1):
+        intermediates = []
+        for i, stage in enumerate(self.stages):
             if stop_early and i > max(take):
                 break
             x = checkpoint_seq(stage, x) if self.grad_checkpointing else stage(x)
@@ -170,10 +168,10 @@ class CifarNet(nn.Module):
     ) -> list[int]:
         """Remove what the features at `indices` do not need; return their absolute indices."""
         take = _feature_indices(indices, len(self.feature_info))
-        shortened = max(take) < len(self.stages)
-        self.stages = self.stages[: max(take)]
+        shortened = max(take) + 1 < len(self.stages)
+        self.stages = self.stages[: max(take) + 1]
         if shortened:
-            self.num_features = self.head_hidden_size = self.feature_chs[max(take)]
+            self.num_features = self.head_hidden_size = self.feature_info[max(take)]['num_chs']
         if prune_head or shortened:
             self.reset_classifier(0, '')
         return take

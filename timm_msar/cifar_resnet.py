@@ -73,7 +73,7 @@ class CifarResNet(CifarNet):
                 )
                 inplanes = planes
             stages.append(nn.Sequential(*blocks))
-        super().__init__(stem, stages, (channels[0], *channels), in_chans=in_chans, **dd, **kwargs)
+        super().__init__(stem, stages, channels, in_chans=in_chans, **dd, **kwargs)
 
 
 def _projection(in_channels: int, out_channels: int, stride: int, **dd) -> nn.Sequential:
@@ -85,7 +85,7 @@ def _projection(in_channels: int, out_channels: int, stride: int, **dd) -> nn.Se
 
 
 def _create_cifar_resnet(variant: str, pretrained: bool, **kwargs) -> CifarResNet:
-    feature_cfg = {'out_indices': (0, 1, 2, 3), 'flatten_sequential': True}
+    feature_cfg = {'out_indices': (0, 1, 2), 'flatten_sequential': True}
     return build_model_with_cfg(CifarResNet, variant, pretrained, feature_cfg=feature_cfg, **kwargs)
 
 
