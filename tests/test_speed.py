@@ -7,65 +7,120 @@ import timm
 import torch
 
 from timm_msar import cli
-from timm_msar.cli import speed
+from timm_msar.cli.speed import COUNTERPARTS, Contestant, FigureTwo, kept_for_backward, measure, operators
+
+
+def contestant(name='cifar_resnet20_msar', **kwargs):
+    return Contestant(name, timm.create_model(name, **kwargs), amp=False, compiled=False)
 
 
 def test_networks_are_timed_in_turn(monkeypatch):
     order = []
     for what in ('infer', 'train'):
-        original = getattr(speed, what)
+        original = getattr(Contestant, what)
 
-        def recorded(model, *args, what=what, original=original):
-            order.append((what, 'plain' if model.stages[0][0].se is None else 'msar'))
-            original(model, *args)
+        def recorded(self, images, what=what, original=original):
+            order.append((what, self.name))
+            original(self, images)
 
-        monkeypatch.setattr(speed, what, recorded)
-    networks = [('cifar_resnet20', {}), ('cifar_resnet20_msar', {'scales': [1]})]
-    times = speed.measure(networks, torch.randn(2, 3, 32, 32), rounds=2)
-    assert order == 3 * [('infer', 'plain'), ('train', 'plain'), ('infer', 'msar'), ('train', 'msar')]
-    assert [name for name, _, _ in times] == ['cifar_resnet20', 'cifar_resnet20_msar, scales=[1]']
-    assert all(len(seconds) == 2 and min(seconds) > 0 for _, *both in times for seconds in both)
+        monkeypatch.setattr(Contestant, what, recorded)
+    both = [contestant('cifar_resnet20'), contestant()]
+    measure(both, torch.randn(2, 3, 32, 32), rounds=2)
+    one_round = [(what, one.name) for one in both for what in ('infer', 'train')]
+    assert order[-8:] == 2 * one_round
+    for one in both:
+        assert all(len(seconds) == 2 and min(seconds) > 0 for seconds in (one.inference, one.training))
 
 
-def test_a_training_step_computes_gradients_and_leaves_the_weights():
+@pytest.mark.parametrize('amp', [False, True])
+def test_a_training_step_computes_gradients_and_leaves_the_weights(amp):
     model = timm.create_model('cifar_resnet20_msar')
     before = {name: p.clone() for name, p in model.named_parameters()}
     gradients = []
     model.stages[0][0].se.scale['4'].fc1.weight.register_hook(gradients.append)
-    speed.train(model, torch.optim.SGD(model.parameters(), lr=0.0, momentum=0.9), torch.randn(2, 3, 32, 32))
+    Contestant('', model, amp, compiled=False).train(torch.randn(2, 3, 32, 32))
     assert gradients[0].abs().max() > 0
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
 
 
+def test_operators_are_counted_without_views():
+    # 20 convolutions, 17 ReLUs, 8 additions, max and mean pooling, the classifier; a norm counts twice, as it allocates
+    # its statistics by an operator of its own.
+    x = torch.randn(1, 3, 224, 224)
+    assert operators(timm.create_model('resnet18'), x) == 20 + 17 + 8 + 3 + 2 * 20
+    assert operators(timm.create_model('seresnet18'), x) == 136
+    assert operators(timm.create_model('resnet18_msar'), x) <= 460
+
+
+def test_what_is_kept_for_the_backward_pass():
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 1, bias=False), torch.nn.ReLU(), torch.nn.Flatten())
+    images = torch.randn(2, 3, 8, 8)
+    one = Contestant('', model, amp=False, compiled=False)
+    # The images, for the gradient of the convolution; what the ReLU gave; and the log-probabilities with the targets
+    # and the total weight, of 8 and 4 bytes, of the loss.
+    kept = kept_for_backward(one, images)
+    assert kept == 4 * images.numel() + 4 * 2 * 4 * 64 + 4 * 2 * 4 * 64 + 2 * 8 + 4
+
+
+@torch.no_grad()
+def test_figure_two_is_the_layer_where_regions_are_equal():
+    from timm_msar import MultiScaleRecalibration
+
+    ours, drawn = MultiScaleRecalibration(12, rd_ratio=0.5).eval(), FigureTwo(12, rd_ratio=0.5).eval()
+    for gate, branch in zip(ours.scale.values(), drawn.branches, strict=True):
+        for norm in (gate.bn1, gate.bn2):
+            norm.weight.normal_()
+        weights = [w for name, w in gate.state_dict().items() if not name.endswith('tracked')]
+        own = [w for name, w in branch.state_dict().items() if not name.endswith('tracked')]
+        for w, other in zip(own, weights, strict=True):
+            w.copy_(other)
+    x = torch.randn(2, 12, 8, 16)
+    torch.testing.assert_close(drawn(x), ours(x))
+
+
 def test_table_gives_medians_and_their_ratio_to_timms_se_network(monkeypatch, capsys):
-    names = [name for group in speed.NETWORKS for name, _ in group]
-    seconds = {name: ([0.002, 0.001, 0.5], [0.02, 0.01, 0.5]) for name in names}
-    seconds['resnet18_msar'] = ([0.003, 0.001, 0.9], [0.9, 0.0242, 0.001])
-    monkeypatch.setattr(speed, 'measure', lambda *_: [(name, *seconds[name]) for name in names])
-    assert cli.main(['speed', '--device', 'cpu', '--rounds', '3', '--batch-size', '2']) == 0
+    def measured(contestants, images, rounds):
+        for one in contestants:
+            one.inference, one.training = [0.002, 0.001, 0.5], [0.02, 0.01, 0.5]
+            one.memory, one.operators = 2_000_000, 88
+            if one.name == 'resnet18_msar':
+                one.inference, one.training = [0.003, 0.001, 0.9], [0.9, 0.0242, 0.001]
+
+    monkeypatch.setattr('timm_msar.cli.speed.measure', measured)
+    assert cli.main(['speed', 'resnet18_msar', '--device', 'cpu', '--rounds', '3', '--batch-size', '2']) == 0
     out = capsys.readouterr().out
-    assert 'batch 2, 224 px, float32, channels_last, 3 rounds, on cpu' in out
-    assert '| seresnet18 | 2.0 | 1.00 | 20.0 | 1.00 |' in out
-    assert '| resnet18_msar | 3.0 | 1.50 | 24.2 | 1.21 |' in out
+    assert 'batch 2, 224 px, float32, channels_last, medians of 3 rounds, on cpu' in out
+    assert '| seresnet18 | 2.0 | 1.00 | 20.0 | 1.00 | 2 | 88 |' in out
+    assert '| resnet18_msar | 3.0 | 1.50 | 24.2 | 1.21 | 2 | 88 |' in out
 
 
 def test_command_times_every_network(capsys):
-    assert cli.main(['speed', '--device', 'cpu', '--rounds', '1', '--batch-size', '1', '--img-size', '64']) == 0
-    rows = re.findall(
-        r'^\| (\w*res\w+)(?:, scales=\[1\])? \| [\d.]+ \| [\d.]+ \| [\d.]+ \| [\d.]+ \|$', capsys.readouterr().out, re.M
-    )
-    assert rows == [name for group in speed.NETWORKS for name, _ in group]
+    options = ['--contiguous', '--amp', '--device', 'cpu', '--rounds', '1', '--batch-size', '2', '--img-size', '64']
+    assert cli.main(['speed', *options]) == 0
+    out = capsys.readouterr().out
+    rows = re.findall(r'^\| (\w*res\w+)(.*?) \|(?: [\d.]+ \|){6}$', out, re.M)
+    ours = ((', scales=[1]', ''), ('', ''), (', Figure 2', ''))
+    expected = []
+    for name, plain_and_se in COUNTERPARTS.items():
+        expected += [(other, '') for other in plain_and_se] + [(name, suffix) for suffix, _ in ours]
+    assert rows == expected
+    assert 'bfloat16 autocast, contiguous' in out
 
 
 @pytest.mark.parametrize(
-    ('argument', 'value', 'message'),
+    ('arguments', 'message'),
     [
-        ('--batch-size', '0', '--batch-size must be at least 1, not 0.'),
-        ('--img-size', '32', '--img-size must be at least 64, not 32.'),
-        ('--rounds', '0', '--rounds must be at least 1, not 0.'),
-        ('--device', 'gpu', '--device gpu cannot be used: Expected one of cpu'),
+        (['--device', 'gpu'], '--device gpu cannot be used: Expected one of cpu'),
+        (['resnet18'], 'resnet18 is not among the networks compared, resnet18_msar, resnet34_msar'),
     ],
 )
-def test_bad_arguments_are_one_sentence(argument, value, message, capsys):
-    assert cli.main(['speed', argument, value]) == 1
+def test_bad_arguments_are_one_sentence(arguments, message, capsys):
+    assert cli.main(['speed', *arguments]) == 1
     assert capsys.readouterr().err.startswith(f'timm-msar speed: error: {message}')
+
+
+def test_numbers_that_cannot_be_are_refused(capsys):
+    for option, value in (('--batch-size', '1'), ('--img-size', '32'), ('--rounds', '0')):
+        with pytest.raises(SystemExit) as info:
+            cli.main(['speed', option, value])
+        assert info.value.code == 2 and f'argument {option}' in capsys.readouterr().err

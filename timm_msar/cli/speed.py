@@ -1,114 +1,217 @@
 """Time the ImageNet networks next to timm's plain and SE ones, in turn, and print medians.
 
 A time on a shared machine says little. The ratio of two that were taken in turn, many times, says more: a round times
-every network once, and the figures are medians over the rounds.
+every network once, and the figures are medians over the rounds. Two more columns are counted: the bytes that a
+training step keeps for its backward pass, and the operators of a forward pass in evaluation, each a launch on a GPU.
 """
 
 import argparse
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
 from statistics import median
 from typing import Any
 
 import timm
 import torch
 import torch.nn.functional as F
+from timm.layers import ConvNormAct
+from timm.models.resnet import BasicBlock
 from torch import Tensor, nn
-from torch.optim import SGD, Optimizer
+from torch.optim import SGD
+from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import tqdm
 
+from ..resnet_msar import RecalibratedBottleneck
 from .errors import CommandError, first_line
+from .whole_number import whole_number
 
-# The plain network, timm's SE network (which the others are compared to), and ours with L = {1} and L = {1, 2, 4}.
-NETWORKS: list[list[tuple[str, dict[str, Any]]]] = [
-    [(plain, {}), (se, {}), (msar, {'scales': [1]}), (msar, {})]
-    for plain, se, msar in (
-        ('resnet18', 'seresnet18', 'resnet18_msar'),
-        ('resnet34', 'seresnet34', 'resnet34_msar'),
-        ('resnext50_32x4d', 'seresnext50_32x4d', 'resnext50_msar'),
-    )
-]
+# For each network timm's plain and SE ones, the second of which the others are compared to.
+COUNTERPARTS = {
+    'resnet18_msar': ('resnet18', 'seresnet18'),
+    'resnet34_msar': ('resnet34', 'seresnet34'),
+    'resnet50_msar': ('resnet50', 'seresnet50'),
+    'resnext50_msar': ('resnext50_32x4d', 'seresnext50_32x4d'),
+}
+
+
+class FigureTwo(nn.Module):
+    """The layer as Figure 2 draws it, a branch for each scale: what it costs without the thoughts of `regions.py`."""
+
+    def __init__(self, channels: int, rd_ratio: float, device=None, dtype=None):
+        super().__init__()
+        hidden = int(rd_ratio * channels / 3)
+        dd = {'device': device, 'dtype': dtype}
+        self.branches = nn.ModuleList(
+            nn.Sequential(
+                nn.AdaptiveAvgPool2d(k),
+                ConvNormAct(channels, hidden, 1, **dd),
+                ConvNormAct(hidden, channels, 1, act_layer=nn.Sigmoid, **dd),
+            )
+            for k in (1, 2, 4)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * sum(F.interpolate(branch(x), x.shape[2:]) for branch in self.branches) / 3
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `timm-msar speed`."""
+    parser.add_argument('network', nargs='*', metavar='NETWORK', help=f'of {", ".join(COUNTERPARTS)} (default: all)')
     parser.add_argument('--device', help='where to run (default: the accelerator if there is one, else cpu)')
-    parser.add_argument('--batch-size', type=int, default=8, help='images at a time (default: %(default)s)')
-    parser.add_argument('--img-size', type=int, default=224, help='height and width (default: %(default)s)')
-    parser.add_argument('--rounds', type=int, default=15, help='times of each network (default: %(default)s)')
+    # Batch norm cannot train on one value: the last map is one pixel at 32 px, Figure 2 has one mean per image.
+    for option, least, default, text in (
+        ('--batch-size', 2, 8, 'images at a time'),
+        ('--img-size', 64, 224, 'height and width'),
+        ('--rounds', 1, 15, 'times of each network'),
+    ):
+        parser.add_argument(option, type=whole_number(least), default=default, help=f'{text} (default: %(default)s)')
+    layout = parser.add_mutually_exclusive_group()
+    layout.add_argument('--channels-last', action='store_true', default=True, help='memory format (the default)')
+    layout.add_argument('--contiguous', dest='channels_last', action='store_false', help='the other memory format')
+    parser.add_argument('--amp', action='store_true', help='autocast to bfloat16')
+    parser.add_argument('--compile', action='store_true', help='torch.compile each network')
 
 
 def main(args: argparse.Namespace) -> None:
-    """Print a Markdown table of median times."""
-    # At 32 px the last map is one pixel, and batch norm cannot train on one value.
-    for option, value, least in (
-        ('--batch-size', args.batch_size, 1),
-        ('--img-size', args.img_size, 64),
-        ('--rounds', args.rounds, 1),
-    ):
-        if value < least:
-            raise CommandError(f'{option} must be at least {least}, not {value}.')
+    """Print a Markdown table of median times and counts.
+
+    Raises:
+        CommandError: A network or the device is not known.
+    """
+    unknown = [name for name in args.network if name not in COUNTERPARTS]
+    if unknown:
+        raise CommandError(f'{unknown[0]} is not among the networks compared, {", ".join(COUNTERPARTS)}')
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     try:
         device = torch.device(args.device or accelerator or 'cpu')
         images = torch.randn(args.batch_size, 3, args.img_size, args.img_size, device=device)
     except (RuntimeError, AssertionError) as error:  # PyTorch asserts that it was built with CUDA
         raise CommandError(f'--device {args.device} cannot be used: {first_line(error)}') from error
-    times = measure([network for group in NETWORKS for network in group], images, args.rounds)
+    memory_format = torch.channels_last if args.channels_last else torch.contiguous_format
+    groups = [_group(name) for name in args.network or COUNTERPARTS]
+    contestants = [
+        Contestant(name, make().to(device).to(memory_format=memory_format), args.amp, args.compile)
+        for group in groups
+        for name, make in group
+    ]
+    measure(contestants, images.contiguous(memory_format=memory_format), args.rounds)
 
-    setting = f'batch {args.batch_size}, {args.img_size} px, float32, channels_last, {args.rounds} rounds'
-    print(f'{setting}, on {_where(device)}')
-    print('\n| Network | Inference (ms) | to SE | Training step (ms) | to SE |\n|---|--:|--:|--:|--:|')
-    measured = iter(times)
-    for group in NETWORKS:
-        rows = [next(measured) for _ in group]
-        _, *se = rows[1]
-        for name, *ours in rows:
-            cells = [f'{1e3 * median(own):.1f} | {median(own) / median(other):.2f}' for own, other in zip(ours, se)]
-            print('|', ' | '.join([name, *cells]), '|')
+    setting = f'batch {args.batch_size}, {args.img_size} px, {"bfloat16 autocast" if args.amp else "float32"}'
+    setting += f', {"channels_last" if args.channels_last else "contiguous"}{", compiled" if args.compile else ""}'
+    print(f'{setting}, medians of {args.rounds} rounds, on {_where(device)}')
+    print('\n| Network | Inference (ms) | to SE | Training step (ms) | to SE | Kept (MB) | Operators |')
+    print('|---|--:|--:|--:|--:|--:|--:|')
+    rows = iter(contestants)
+    for group in groups:
+        members = [next(rows) for _ in group]
+        for one in members:
+            times = zip((one.inference, one.training), (members[1].inference, members[1].training))
+            cells = [f'{1e3 * median(own):.1f} | {median(own) / median(se):.2f}' for own, se in times]
+            print('|', ' | '.join([one.name, *cells, f'{one.memory / 1e6:.0f}', str(one.operators)]), '|')
 
 
-def measure(
-    networks: list[tuple[str, dict[str, Any]]], images: Tensor, rounds: int
-) -> list[tuple[str, list[float], list[float]]]:
-    """Time every network once a round, after one round that does not count.
+def _group(name: str) -> list[tuple[str, Callable[[], nn.Module]]]:
+    """The plain network, timm's SE network, ours with L = {1} and {1, 2, 4}, and the latter as Figure 2 draws it."""
+    plain, se = COUNTERPARTS[name]
+    figure_two = partial(FigureTwo, rd_ratio=0.375 if name in ('resnet18_msar', 'resnet34_msar') else 0.25)
+    return [
+        (plain, partial(timm.create_model, plain)),
+        (se, partial(timm.create_model, se)),
+        (f'{name}, scales=[1]', partial(timm.create_model, name, scales=[1])),
+        (name, partial(timm.create_model, name)),
+        (f'{name}, Figure 2', partial(_with_layer, name, figure_two)),
+    ]
+
+
+def _with_layer(name: str, layer: Callable[..., nn.Module]) -> nn.Module:
+    """The network with another layer in the place of MS-SAR."""
+    model = timm.create_model(name)
+    for module in list(model.modules()):
+        if isinstance(module, BasicBlock | RecalibratedBottleneck):
+            module.se = layer(module.se.channels)
+    return model
+
+
+class Contestant:
+    """A network, and what was measured of it: seconds of every round, bytes, and the number of operators."""
+
+    def __init__(self, name: str, model: nn.Module, amp: bool, compiled: bool):
+        self.name, self.amp = name, amp
+        self.eager = model
+        self.model: Any = torch.compile(model) if compiled else model
+        self.sgd = SGD(model.parameters(), lr=0.0, momentum=0.9)  # the work of a step, but the same in every round
+        self.inference: list[float] = []
+        self.training: list[float] = []
+        self.memory = self.operators = 0
+
+    def infer(self, images: Tensor) -> None:
+        """Compute the logits in eval mode."""
+        with torch.inference_mode(), self._autocast(images):
+            self.model.eval()(images)
+
+    def train(self, images: Tensor) -> None:
+        """Make one update: forwards, backwards, and the optimiser's step."""
+        targets = torch.zeros(len(images), dtype=torch.long, device=images.device)
+        with self._autocast(images):
+            loss = F.cross_entropy(self.model.train()(images), targets)
+        loss.backward()
+        self.sgd.step()
+        self.sgd.zero_grad()
+
+    def _autocast(self, images: Tensor):
+        return torch.autocast(images.device.type, torch.bfloat16) if self.amp else nullcontext()
+
+
+def measure(contestants: list[Contestant], images: Tensor, rounds: int) -> None:
+    """Time every network once a round, after one round that does not count, in which memory and operators are counted.
 
     Args:
-        networks: Names and arguments for timm.create_model.
+        contestants: The networks.
         images: A batch (B, 3, H, W), on the device to measure.
         rounds: Rounds that count.
-
-    Returns:
-        For each network its name with its arguments, and `rounds` times in seconds of inference and of training.
     """
-    images = images.contiguous(memory_format=torch.channels_last)
-    prepared: list[tuple[nn.Module, Optimizer, tuple[str, list[float], list[float]]]] = []
-    for name, model_args in networks:
-        model = timm.create_model(name, device=images.device, **model_args).to(memory_format=torch.channels_last)
-        label = ', '.join([name, *(f'{key}={value}' for key, value in model_args.items())])
-        sgd = SGD(model.parameters(), lr=0.0, momentum=0.9)  # the work of a step, but the same in every round
-        prepared.append((model, sgd, (label, [], [])))
     for number in tqdm(range(rounds + 1), desc='Timing', unit=' rounds'):
-        for model, optimizer, (_, inference, training) in prepared:
-            seconds = _seconds(infer, model, images), _seconds(train, model, optimizer, images)
-            if number > 0:  # the first round also allocates memory and chooses kernels
-                inference.append(seconds[0])
-                training.append(seconds[1])
-    return [times for _, _, times in prepared]
+        for one in contestants:
+            if number == 0:  # also allocates, chooses kernels and compiles
+                one.infer(images)
+                one.train(images)
+                one.memory = kept_for_backward(one, images)
+                one.operators = operators(one.eager, images[:1])
+            else:
+                one.inference.append(_seconds(one.infer, images))
+                one.training.append(_seconds(one.train, images))
 
 
-def infer(model: nn.Module, images: Tensor) -> None:
-    """Compute the logits in eval mode."""
-    with torch.inference_mode():
+def kept_for_backward(one: Contestant, images: Tensor) -> int:
+    """Bytes of activations that autograd keeps from the forward to the backward pass: most of a step's peak memory."""
+    storages = {}
+
+    def keep(x: Tensor) -> Tensor:
+        storages[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        one.train(images)
+    for weight in one.eager.state_dict().values():
+        storages.pop(weight.untyped_storage().data_ptr(), None)
+    return sum(storages.values())
+
+
+def operators(model: nn.Module, images: Tensor) -> int:
+    """How many operators of ATen other than views a forward pass in evaluation calls."""
+    with torch.no_grad(), _Calls() as calls:
         model.eval()(images)
+    return calls.count
 
 
-def train(model: nn.Module, optimizer: Optimizer, images: Tensor) -> None:
-    """Make one update: forwards, backwards, and the optimiser's step."""
-    targets = torch.zeros(len(images), dtype=torch.long, device=images.device)
-    F.cross_entropy(model.train()(images), targets).backward()
-    optimizer.step()
-    optimizer.zero_grad()
+class _Calls(TorchDispatchMode):
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += not function.is_view and function is not torch.ops.aten._unsafe_view.default
+        return function(*args, **(kwargs or {}))
 
 
 def _seconds(function: Callable[..., None], *args) -> float:
