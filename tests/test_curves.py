@@ -2,6 +2,7 @@
 
 import argparse
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -159,3 +160,11 @@ def test_other_bad_input_is_told(tmp_path):
         run(folder)
     with pytest.raises(CommandError, match=r'cannot read .*args\.yaml: No such file'):
         run(tmp_path / 'b')
+
+
+def test_the_table_of_the_results_is_printed_from_the_files_in_docs(tmp_path, capsys):
+    docs = Path(__file__).parents[1] / 'docs'
+    runs = sorted(str(path) for path in (docs / 'results').iterdir())
+    run(*runs, '--output', tmp_path / 'curves.png')
+    table = capsys.readouterr().out.rpartition('drawn in')[0]
+    assert table in (docs / 'results.md').read_text(encoding='utf-8')

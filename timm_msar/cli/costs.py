@@ -145,7 +145,9 @@ def main(args: argparse.Namespace) -> None:
     print()
     for letter, note in NOTES.items():
         print(f'- {letter}: {note}')
-    print('\n| Network | Multiply-adds without gates | with gates | more |\n|---|--:|--:|--:|')
-    for name in sorted({row.model for row in rows() if row.model.endswith('_msar')}):
-        before, after = count(plain(name), True)[0], count(name, True)[0]
-        print(f'| {name} | {_figure(before, "M")} | {_figure(after, "M")} | {100 * (after / before - 1):.2f} % |')
+    print('\n| Network | Parameters | Multiply-adds without gates | with gates | more |\n|---|--:|--:|--:|--:|')
+    of_the_paper = {row.model for row in rows() if row.model.endswith('_msar')}
+    for name in sorted(of_the_paper | {'resnet50_msar'}):
+        before, (after, params) = count(plain(name), True)[0], count(name, True)
+        cells = [_figure(params, 'M'), _figure(before, 'M'), _figure(after, 'M'), f'{100 * (after / before - 1):.2f} %']
+        print(f'| {name}{"" if name in of_the_paper else ", not in the paper"} |', ' | '.join(cells), '|')
