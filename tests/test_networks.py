@@ -33,7 +33,7 @@ def layers_of(model):
 
 def test_the_names_of_the_design():
     assert set(NAMES) == {
-        *('resnet18_msar', 'resnet34_msar', 'resnext50_msar'),
+        *('resnet18_msar', 'resnet34_msar', 'resnet50_msar', 'resnext50_msar'),
         *(f'cifar_resnet{n}{suffix}' for n in (20, 32, 56) for suffix in ('', '_msar')),
         *(f'cifar_densenet{n}{suffix}' for n in (100, 190) for suffix in ('', '_msar')),
     }
