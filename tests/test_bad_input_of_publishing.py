@@ -1,6 +1,5 @@
 """Answers of the Hub that are wrong, late or lost: a push ends in one sentence, and what it says is true."""
 
-import argparse
 import json
 import os
 import random

@@ -5,7 +5,8 @@ timm's validate.py, inference.py, benchmark.py and onnx_export.py cannot import 
 arguments, is `__main__`, finds modules in its own folder, and its exit code is the exit code. Processes that the script
 starts with multiprocessing know the networks too. It works with `torchrun … -m timm_msar.run SCRIPT ARGS…` as well.
 
-bulk_runner.py starts another Python for each model, which has to come this way, too. The value of `--module` is not used:
+bulk_runner.py starts another Python for each model, which has to come this way, too. The value of `--module` is not
+used:
 
     python -m timm_msar.run bulk_runner.py --model-list '*_msar' --module yes timm_msar.run validate.py ARGS…
 
