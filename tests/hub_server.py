@@ -44,6 +44,7 @@ class Fault:
     method: str
     path: str
     times: int = 1
+    skip: int = 0  # matching requests that go right before
     status: int | None = None
     headers: dict[str, str] = field(default_factory=dict)
     drop_after: int | None = None  # bytes: of a GET's reply, which then ends; of another request, which is then reset
@@ -210,6 +211,7 @@ def write(path: Path, content: bytes) -> None:
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = 'HTTP/1.1'
+    disable_nagle_algorithm = True  # an answer is written in two parts, and the second would wait for 40 ms
     hub: Hub
 
     ROUTES = (
@@ -281,6 +283,9 @@ class _Handler(BaseHTTPRequestHandler):
         with self.hub.lock:
             for fault in self.hub.faults:
                 if fault.times > 0 and fault.method == self.command and re.search(fault.path, path):
+                    if fault.skip:
+                        fault.skip -= 1
+                        continue
                     fault.times -= 1
                     return fault
         return None

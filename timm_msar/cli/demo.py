@@ -5,6 +5,7 @@ optimiser, scheduler and export are timm's; the loop is what train.py does, in a
 """
 
 import argparse
+import os
 import random
 import time
 from pathlib import Path
@@ -85,7 +86,8 @@ def main(args: argparse.Namespace) -> None:
     torch.manual_seed(args.seed)
     start, output = time.monotonic(), args.output
     with one_sentence(f'cannot write {output}', SafetensorError, advice='nothing was kept'):
-        if output.exists() and not (output.is_dir() and {p.name for p in output.iterdir()} <= {'weights', 'gates.png'}):
+        known = output.is_dir() and {path.name for path in output.iterdir()} <= {'weights', 'gates.png'}
+        if os.path.lexists(output) and not known:
             raise CommandError(f'{output} is not an earlier demo; give the name of a new folder with --output')
         with written_aside(output) as aside:
             aside.mkdir()

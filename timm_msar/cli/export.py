@@ -7,6 +7,7 @@ gets its name only when the network loaded from it computes the same logits as t
 import argparse
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,7 @@ def main(args: argparse.Namespace) -> None:
     """
     output = args.output
     with one_sentence(f'cannot write {output}', SafetensorError, advice='nothing was kept'):
-        if output.exists():
+        if os.path.lexists(output):
             raise CommandError(f'{output} exists already; delete it or give another --output')
         trained = load_trained(args.checkpoint, args.ema)
         with written_aside(output) as aside:

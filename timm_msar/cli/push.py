@@ -119,18 +119,18 @@ def _limit_waiting() -> None:
 def _commit(api: HfApi, folder: Path, args: argparse.Namespace, made: Made) -> str:
     repo_id, revision = args.repo_id, args.revision
     try:
-        private = api.model_info(repo_id).private
+        private = api.model_info(repo_id, timeout=TIMEOUT).private
     except RepositoryNotFoundError:
         made.repository, private = True, args.private
         api.create_repo(repo_id, private=args.private or None)
     if args.private and not private:
         raise CommandError(f'{repo_id} exists and is public; make it private in its settings or give another name')
     try:
-        made.before = api.model_info(repo_id, revision=revision).sha or ''
+        made.before = api.model_info(repo_id, revision=revision, timeout=TIMEOUT).sha or ''
     except RevisionNotFoundError:
         made.branch = True
         api.create_branch(repo_id, branch=revision)
-        made.before = api.model_info(repo_id, revision=revision).sha or ''
+        made.before = api.model_info(repo_id, revision=revision, timeout=TIMEOUT).sha or ''
     commit = api.upload_folder(
         repo_id=repo_id,
         folder_path=folder,
@@ -151,7 +151,7 @@ def _head(api: HfApi, args: argparse.Namespace, made: Made) -> str | None:
     if not made.before:
         return made.before  # nothing was uploaded
     try:
-        return api.model_info(args.repo_id, revision=args.revision).sha
+        return api.model_info(args.repo_id, revision=args.revision, timeout=TIMEOUT).sha
     except Exception:  # as in _upload
         return None
 
@@ -193,7 +193,8 @@ def _outcome(api: HfApi, args: argparse.Namespace, made: Made, head: str | None,
         left.append(f'perhaps its new branch {branch}')
     if made.repository:
         with suppress(Exception):
-            left += ['the new, empty repository'] if api.repo_exists(repo_id) else []
+            api.model_info(repo_id, timeout=TIMEOUT)
+            left.append('the new, empty repository')
     unchanged = f'no file of {repo_id} was changed'
     return f'{unchanged}, but {" and ".join(left)} stayed' if left else unchanged
 

@@ -60,7 +60,7 @@ def training_data(args: dict[str, Any], num_classes: int) -> TrainingData:
         if not args.get('class_map'):  # a class map numbers the classes in another order
             images = _images(root, args.get('train_split') or 'train')
             classes = _in_order_of_timm(images, root)
-            if set(classes) == set(ImageNetInfo().label_names()) and sum(images.values()) == IMAGENET_IMAGES:
+            if sum(images.values()) == IMAGENET_IMAGES and set(classes) == set(ImageNetInfo().label_names()):
                 known = HUB_DATASETS['imagenet']
     name, hub_id, split = known or (root.name, None, split)
     return TrainingData(name, hub_id, split, classes if len(classes) == num_classes else ())
