@@ -11,6 +11,7 @@ from timm.optim import create_optimizer_v2
 from timm_msar import MultiScaleRecalibration, start_from_plain
 
 PLAIN = {
+    'resnet50_msar': 'resnet50',
     'resnet18_msar': 'resnet18',
     'resnet34_msar': 'resnet34',
     'resnext50_msar': 'resnext50_32x4d',
@@ -188,7 +189,7 @@ def test_gates_learn_from_the_first_step():
 
 def test_every_warm_tag_names_a_plain_network_of_timms_that_it_can_load():
     tags = timm.list_pretrained('resne*_msar*')
-    assert len(tags) == 6
+    assert len(tags) == 9
     for tag in tags:
         cfg = timm.get_pretrained_cfg(tag)
         owner, _, source = cfg.hf_hub_id.partition('/')
