@@ -100,6 +100,7 @@ def test_arguments_of_odd_types(copied):
     assert count.refused > 100 and count.done > 10
 
 
+@pytest.mark.filterwarnings('ignore')  # PyTorch's own, on rare kinds of tensors
 def test_tensors_of_odd_types(copied):
     rng, count, good = random.Random(0), Count(), weights(copied)
     odd = {

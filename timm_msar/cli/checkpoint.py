@@ -101,7 +101,8 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     Raises:
         CommandError: If the file is missing, damaged, holds anything but data, or is no checkpoint of train.py.
     """
-    with one_sentence(f'cannot read {path}', advice='give the model_best.pth.tar or last.pth.tar of train.py'):
+    advice = 'give the model_best.pth.tar or last.pth.tar of train.py'
+    with one_sentence(f'cannot read {path}', zipfile.BadZipFile, advice=advice):
         if path.exists() and not path.is_file():
             raise OSError(0, 'it is not a file')  # a fifo would be waited for
         with path.open('rb') as file:
