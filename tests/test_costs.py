@@ -86,3 +86,16 @@ def test_the_table_explains_every_difference_and_stands_in_the_docs(capsys):
     more = [float(line.split(' | ')[-1].split()[0]) for line in printed.splitlines() if line.endswith(' % |')]
     assert len(more) == 9 and 0 < min(more) <= max(more) < 1
     assert DOCS.read_text(encoding='utf-8').endswith(printed)
+
+
+def test_the_readme_sums_up_the_table_of_the_docs():
+    readme = (DOCS.parents[1] / 'README.md').read_text(encoding='utf-8')
+    rows = re.findall(
+        r'^\| (\w+_msar)(?:, not in the paper)? \| ([\d.]+ M) \| .* \| ([\d.]+) M \| (.* %) \|$', DOCS.read_text(), re.M
+    )
+    assert len(rows) == 9
+    for name, params, macs, more in rows:
+        row = re.search(rf'^\| `{name}`.*$', readme, re.M)[0].split(' | ')
+        assert (row[1], row[3]) == (params, more)
+        value, unit = row[2].split()
+        assert abs(float(value) * {'M': 1, 'G': 1000}[unit] - float(macs)) <= (0.01 if unit == 'M' else 0.51)
