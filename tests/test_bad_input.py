@@ -151,6 +151,16 @@ def test_flipped_bits_and_cuts_never_load_something_else(copied):
     assert count.refused > 200
 
 
+def test_an_entry_that_says_it_is_a_folder_is_read(copied):
+    """PyTorch's own reader returns uninitialised memory for it."""
+    expected, content, record = load_trained(copied).model.state_dict(), bytearray(copied.read_bytes()), -1
+    while (record := content.find(b'PK\x01\x02', record + 1)) >= 0:
+        content[record + 38] ^= 0x10
+    copied.write_bytes(content)
+    loaded = load_trained(copied).model.state_dict()
+    assert all(torch.equal(loaded[key], expected[key]) for key in expected)
+
+
 PIECES = (
     *(b'"', b'\0' * 200_000, b'9', b'-', b'\n', b',', b'!!int abc', b'2024-13-45', b'[' * 3000, b'\xff', b'&a *a'),
     *(b'!!bool maybe', b': ', b'.nan', b'{', b'? ', b'<<: ', b'!!python/object:os.system x', b'\xef\xbb\xbf'),
