@@ -12,10 +12,10 @@ from timm_msar.regions import mean_matrix, recalibrate, region_matrices, region_
 SIZES = [(224, 224), (160, 160), (192, 192), (256, 256), (192, 320), (96, 96)]
 
 
-def network(**kwargs):
-    """resnet18_msar whose norms are nothing special: timm starts the last one of each block at 0, which hides gates."""
+def network(name='resnet18_msar', **kwargs):
+    """A network whose norms are nothing special: timm starts the last one of each block at 0, which hides the gates."""
     torch.manual_seed(0)
-    model = timm.create_model('resnet18_msar', num_classes=5, **kwargs)
+    model = timm.create_model(name, num_classes=5, **kwargs)
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             module.weight.data.uniform_(0.5, 1.5)

@@ -2,22 +2,9 @@
 
 import onnxruntime
 import pytest
-import timm
 import torch
+from test_any_size import network
 from torch.export import Dim
-
-import timm_msar  # noqa: F401
-
-
-def network(name, **kwargs):
-    """timm starts the last norm of each block at 0, which would hide the gates."""
-    torch.manual_seed(0)
-    kwargs |= {} if name.startswith('cifar') else {'zero_init_last': False}
-    model = timm.create_model(name, **kwargs).eval()
-    for module in model.modules():
-        if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
-            module.bias.data.normal_(std=0.2)
-    return model
 
 
 @torch.no_grad()

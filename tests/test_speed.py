@@ -66,7 +66,7 @@ def test_what_is_kept_for_the_backward_pass():
 def test_figure_two_is_the_layer_where_regions_are_equal():
     from timm_msar import MultiScaleRecalibration
 
-    ours, drawn = MultiScaleRecalibration(12, rd_ratio=0.5).eval(), FigureTwo(12, rd_ratio=0.5).eval()
+    ours, drawn = MultiScaleRecalibration(12, rd_ratio=0.5).eval(), FigureTwo(12, rd_channels=2).eval()
     for gate, branch in zip(ours.scale.values(), drawn.branches, strict=True):
         for norm in (gate.bn1, gate.bn2):
             norm.weight.normal_()

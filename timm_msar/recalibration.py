@@ -21,7 +21,7 @@ from timm.layers import create_act_layer
 from timm.models import register_notrace_module
 from torch import Tensor
 
-from .regions import recalibrate, region_matrices, regional_means, sliding_means
+from .regions import average, recalibrate, region_matrices, regional_means, sliding_means
 
 __all__ = ['MultiScaleRecalibration']
 
@@ -218,10 +218,7 @@ class MultiScaleRecalibration(nn.Module):
         """x times the mean of z, Eq. (2)."""
         if self.strategy == 'regional':
             return recalibrate(x, z, scales, regions)
-        total = z[0]
-        for z_k in z[1:]:
-            total = total + z_k
-        return x * (total / len(z)).unflatten(1, (x.shape[2], x.shape[3])).permute(0, 3, 1, 2)
+        return x * average(z).unflatten(1, (x.shape[2], x.shape[3])).permute(0, 3, 1, 2)
 
     def forward(self, x: Tensor, source: Tensor | None = None) -> Tensor:
         """x ⊙ Z, Eq. (2).

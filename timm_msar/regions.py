@@ -131,6 +131,14 @@ def repeat(z: Tensor, dim: int, size: int) -> Tensor:
     return z if k in (1, size) else z.repeat_interleave(size // k, dim)
 
 
+def average(z: list[Tensor]) -> Tensor:
+    """1/L · Σ_K z_K of tensors that can be added by broadcasting."""
+    total = z[0]
+    for z_k in z[1:]:
+        total = total + z_k
+    return total / len(z)
+
+
 def recalibrate(x: Tensor, z: list[Tensor], scales: list[int], matrices: list[Tensor]) -> Tensor:
     """x ⊙ Z of x, (B, C, H, W), with Z = 1/L · Σ_K z_K of the gates z_K at the regions of every scale K, (B, K², C)."""
     height, width = x.shape[2], x.shape[3]
@@ -143,11 +151,8 @@ def recalibrate(x: Tensor, z: list[Tensor], scales: list[int], matrices: list[Te
         gates = torch.bmm(rows.transpose(1, 2), matrix.expand(x.shape[0], -1, -1))
         return x * gates.unflatten(2, (height, width))
     k = finest(scales)
-    total: list[Tensor] = []
-    for scale, z_k in zip(scales, z):
-        grid = repeat(repeat(z_k.unflatten(1, (scale, scale)), 1, k), 2, k)
-        total = [grid] if len(total) == 0 else [total[0] + grid]
-    gates = repeat(total[0] / len(scales), 2, width)
+    grids = [repeat(repeat(z_k.unflatten(1, (scale, scale)), 1, k), 2, k) for scale, z_k in zip(scales, z)]
+    gates = repeat(average(grids), 2, width)
     gates = gates if channels_last else gates.permute(0, 3, 1, 2).contiguous()
     dim = 1 if channels_last else 2
     if torch.is_grad_enabled():

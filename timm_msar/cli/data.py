@@ -26,7 +26,6 @@ import shutil
 import zlib
 from collections.abc import Sequence, Sized
 from contextlib import suppress
-from itertools import pairwise
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
@@ -39,6 +38,7 @@ from tqdm import tqdm
 
 from .errors import CommandError, one_sentence
 from .run_folder import read_text
+from .training_data import equal_names
 from .whole_number import whole_number
 from .written_aside import written_aside
 
@@ -119,12 +119,11 @@ def check(root: Path, num_classes: int | None = None) -> dict:
         if Path(datasets[split].reader.root) == root:
             raise CommandError(f'{root} has no folder {split}, where train.py looks for the {split} images')
     train_classes, val_classes = (list(datasets[split].reader.class_to_idx) for split in SPLITS)
-    for one, other in pairwise(sorted(train_classes, key=natural_key)):
-        if natural_key(one) == natural_key(other):
-            raise CommandError(
-                f'{root} has the classes {one!r} and {other!r}, which are equal to timm when it sorts them, so their '
-                'numbers are left to chance; rename one'
-            )
+    if equal := equal_names(train_classes):
+        raise CommandError(
+            f'{root} has the classes {equal[0]!r} and {equal[1]!r}, which are equal to timm when it sorts them, so '
+            'their numbers are left to chance; rename one'
+        )
     if train_classes != val_classes:
         odd = sorted(set(train_classes) ^ set(val_classes))
         raise CommandError(

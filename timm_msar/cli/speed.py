@@ -24,30 +24,27 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import tqdm
 
 from ..resnet_msar import RecalibratedBottleneck
+from .costs import plain
 from .errors import CommandError, first_line
 from .whole_number import whole_number
 
 # For each network timm's plain and SE ones, the second of which the others are compared to.
 COUNTERPARTS = {
-    'resnet18_msar': ('resnet18', 'seresnet18'),
-    'resnet34_msar': ('resnet34', 'seresnet34'),
-    'resnet50_msar': ('resnet50', 'seresnet50'),
-    'resnext50_msar': ('resnext50_32x4d', 'seresnext50_32x4d'),
+    name: (plain(name), f'se{plain(name)}')
+    for name in ('resnet18_msar', 'resnet34_msar', 'resnet50_msar', 'resnext50_msar')
 }
 
 
 class FigureTwo(nn.Module):
     """The layer as Figure 2 draws it, a branch for each scale: what it costs without the thoughts of `regions.py`."""
 
-    def __init__(self, channels: int, rd_ratio: float, device=None, dtype=None):
+    def __init__(self, channels: int, rd_channels: int):
         super().__init__()
-        hidden = int(rd_ratio * channels / 3)
-        dd = {'device': device, 'dtype': dtype}
         self.branches = nn.ModuleList(
             nn.Sequential(
                 nn.AdaptiveAvgPool2d(k),
-                ConvNormAct(channels, hidden, 1, **dd),
-                ConvNormAct(hidden, channels, 1, act_layer=nn.Sigmoid, **dd),
+                ConvNormAct(channels, rd_channels, 1),
+                ConvNormAct(rd_channels, channels, 1, act_layer=nn.Sigmoid),
             )
             for k in (1, 2, 4)
         )
@@ -114,23 +111,22 @@ def main(args: argparse.Namespace) -> None:
 
 def _group(name: str) -> list[tuple[str, Callable[[], nn.Module]]]:
     """The plain network, timm's SE network, ours with L = {1} and {1, 2, 4}, and the latter as Figure 2 draws it."""
-    plain, se = COUNTERPARTS[name]
-    figure_two = partial(FigureTwo, rd_ratio=0.375 if name in ('resnet18_msar', 'resnet34_msar') else 0.25)
+    without, se = COUNTERPARTS[name]
     return [
-        (plain, partial(timm.create_model, plain)),
+        (without, partial(timm.create_model, without)),
         (se, partial(timm.create_model, se)),
         (f'{name}, scales=[1]', partial(timm.create_model, name, scales=[1])),
         (name, partial(timm.create_model, name)),
-        (f'{name}, Figure 2', partial(_with_layer, name, figure_two)),
+        (f'{name}, Figure 2', partial(_as_figure_two, name)),
     ]
 
 
-def _with_layer(name: str, layer: Callable[..., nn.Module]) -> nn.Module:
-    """The network with another layer in the place of MS-SAR."""
+def _as_figure_two(name: str) -> nn.Module:
+    """The network with FigureTwo of the same width in the place of MS-SAR."""
     model = timm.create_model(name)
     for module in list(model.modules()):
         if isinstance(module, BasicBlock | RecalibratedBottleneck):
-            module.se = layer(module.se.channels)
+            module.se = FigureTwo(module.se.channels, module.se.scale['1'].fc1.out_channels)
     return model
 
 

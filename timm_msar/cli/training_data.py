@@ -3,7 +3,7 @@
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -93,17 +93,25 @@ def _is_image(folder: str) -> Iterator[bool]:
         yield from (is_img_extension(os.path.splitext(entry.name)[1].lower()) for entry in entries)
 
 
+def equal_names(names: Iterable[str]) -> tuple[str, str] | None:
+    """Two names that timm holds equal when it sorts them, such as '1' and '01', or 'Cat' and 'cat', if there are two.
+
+    Raises:
+        ValueError: timm cannot sort a name, such as '²'.
+    """
+    ordered = sorted(names, key=natural_key)
+    return next((pair for pair in pairwise(ordered) if natural_key(pair[0]) == natural_key(pair[1])), None)
+
+
 def _in_order_of_timm(names: Any, root: Path) -> tuple[str, ...]:
-    """Sort as timm does, which takes '1' and '01', or 'Cat' and 'cat', for the same and then leaves it to chance."""
+    """Sort as timm does, which leaves the order of equal names to chance."""
     try:
-        places = {name: natural_key(name) for name in names}
+        equal = equal_names(names)
     except ValueError as error:  # of a name like '²', which timm cannot sort either
         raise CommandError(f'timm cannot number the classes in {root}: {error}; rename their folders') from error
-    ordered = sorted(places, key=lambda name: places[name])
-    for one, other in pairwise(ordered):
-        if places[one] == places[other]:
-            raise CommandError(
-                f'{root} has the classes {one!r} and {other!r}, which timm numbers in an order left to chance, so '
-                'the names of the classes are not known; rename a folder and train again'
-            )
-    return tuple(ordered)
+    if equal:
+        raise CommandError(
+            f'{root} has the classes {equal[0]!r} and {equal[1]!r}, which timm numbers in an order left to chance, so '
+            'the names of the classes are not known; rename a folder and train again'
+        )
+    return tuple(sorted(names, key=natural_key))
