@@ -7,7 +7,7 @@ from torch import nn
 from torchvision.models.feature_extraction import create_feature_extractor
 
 from timm_msar import MultiScaleRecalibration
-from timm_msar.regions import mean_matrix, recalibrate, region_matrices, region_matrix, regional_means
+from timm_msar.regions import mean_matrix, recalibrate, region_matrix, regional_means, regions
 
 SIZES = [(224, 224), (160, 160), (192, 192), (256, 256), (192, 320), (96, 96)]
 
@@ -38,17 +38,17 @@ def compare(model, other, sizes=SIZES):
 @pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last], ids=str)
 def test_the_fast_path_is_the_definition(shape, scales, memory_format):
     x = torch.randn(2, 6, *shape, dtype=torch.float64).contiguous(memory_format=memory_format)
-    matrices = region_matrices(x, scales)
-    z = regional_means(x, scales, matrices)
+    matrix = region_matrix(x, scales)
+    z = regional_means(x, scales, matrix)
     average = 0
     for k, y in zip(scales, z, strict=True):
-        rows, cols = (region_matrix(size, k, x.device, x.dtype) for size in shape)
+        rows, cols = (regions(size, k, x.device).to(x.dtype) for size in shape)
         expected = mean_matrix(rows) @ x @ mean_matrix(cols).T
         torch.testing.assert_close(y, expected.flatten(2).transpose(1, 2))
         average = average + rows.T @ expected @ cols / len(scales)
     for grad in (True, False):
         with torch.set_grad_enabled(grad):
-            torch.testing.assert_close(recalibrate(x, z, scales, matrices), x * average)
+            torch.testing.assert_close(recalibrate(x, z, scales, matrix), x * average)
 
 
 @pytest.mark.parametrize('strategy', ['regional', 'sliding'])

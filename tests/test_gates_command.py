@@ -1,5 +1,7 @@
 """`timm-msar gates`: the pictures, and images, networks and files that it cannot use."""
 
+import os
+
 import numpy as np
 import pytest
 import timm
@@ -243,6 +245,8 @@ def test_a_checkpoint_that_is_not_the_networks(photo, tmp_path, capsys):
     save_file(timm.create_model('cifar_resnet20').state_dict(), plain)
     text = tmp_path / 'text.safetensors'
     text.write_text('hello')
+    fifo = tmp_path / 'fifo.safetensors'
+    os.mkfifo(fifo)
     name = 'cifar_resnet20_msar'
     for model, checkpoint, message in (
         ('cifar_resnet56_msar', path, f'{path} is a checkpoint of {name}, not of cifar_resnet56_msar'),
@@ -253,6 +257,7 @@ def test_a_checkpoint_that_is_not_the_networks(photo, tmp_path, capsys):
         ),
         (name, plain, f'the weights in {plain} are not those of {name}: 324 tensors are missing'),
         (name, text, f'cannot read {text}: '),
+        (name, fifo, f'cannot read {fifo}: it is not a file'),
         (name, tmp_path / 'none.safetensors', f'cannot read {tmp_path / "none.safetensors"}: No such file'),
         (name, tmp_path / 'none.pth.tar', f'cannot read {tmp_path / "none.pth.tar"}: No such file'),
         (name, photo, f'{photo} is not a checkpoint'),

@@ -214,14 +214,26 @@ def test_bad_scales(scales):
         ({'rd_ratio': 0}, 'rd_ratio must be a positive number'),
         ({'rd_ratio': float('nan')}, 'rd_ratio must be a positive number'),
         ({'rd_ratio': float('inf')}, 'rd_ratio must be a positive number'),
+        ({'rd_ratio': '1'}, 'rd_ratio must be a positive number'),
         ({'channels': 0}, 'channels must be a positive integer'),
+        ({'channels': float('inf')}, 'channels must be a positive integer'),
+        ({'channels': '8'}, 'channels must be a positive integer'),
         ({'source_channels': 0}, 'source_channels must be a positive integer'),
         ({'rd_channels': 0}, 'rd_channels must be a positive integer'),
+        ({'act_layer': 'zz'}, "act_layer must be .* not 'zz'"),
+        ({'gate_layer': 'zz'}, "gate_layer must be .* not 'zz'"),
     ],
 )
 def test_bad_arguments(kwargs, message):
     with pytest.raises(ValueError, match=message):
         MultiScaleRecalibration(**{'channels': 8, **kwargs})
+
+
+@pytest.mark.parametrize('strategy', ['regional', 'sliding'])
+@pytest.mark.parametrize('shape', [(0, 8, 7, 7), (2, 8, 0, 4), (2, 8, 4, 0)], ids=str)
+def test_a_map_without_positions(shape, strategy):
+    for training in (True, False):
+        assert MultiScaleRecalibration(8, strategy=strategy).train(training)(torch.empty(shape)).shape == shape
 
 
 def test_bad_tensors():
@@ -234,5 +246,5 @@ def test_bad_tensors():
         layer(x)
     with pytest.raises(RuntimeError, match='must match the size'):
         layer(x[:, :3], source)
-    with pytest.raises(RuntimeError, match='dtype'):
+    with pytest.raises(RuntimeError, match=r'dtype|scalar type'):
         layer(x.long(), source.long())

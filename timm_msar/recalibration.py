@@ -13,20 +13,21 @@ With the one scale {1} this is Squeeze-and-Excitation with normalisation inside 
 
 import math
 from collections.abc import Sequence
+from typing import SupportsFloat, SupportsIndex
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from timm.layers import create_act_layer
+from timm.layers import create_act_layer, get_act_layer
 from timm.models import register_notrace_module
 from torch import Tensor
 
-from .regions import average, recalibrate, region_matrices, regional_means, sliding_means
+from .regions import average, recalibrate, region_matrix, regional_means, sliding_means
 
 __all__ = ['MultiScaleRecalibration']
 
 # These follow the size of the map, which a symbolic tracer does not know: it records a call to them instead.
-torch.fx.wrap('region_matrices')
+torch.fx.wrap('region_matrix')
 torch.fx.wrap('regional_means')
 torch.fx.wrap('sliding_means')
 torch.fx.wrap('recalibrate')
@@ -159,10 +160,17 @@ class MultiScaleRecalibration(nn.Module):
             ('source_channels', source_channels),
             ('rd_channels', rd_channels),
         ):
-            if value is not None and value < 1:
+            if value is not None and not (isinstance(value, SupportsIndex) and value > 0):
                 raise ValueError(f'{name} must be a positive integer, not {value!r}.')
-        if not 0 < rd_ratio < math.inf:
+        if not (isinstance(rd_ratio, SupportsFloat) and 0 < rd_ratio < math.inf):
             raise ValueError(f'rd_ratio must be a positive number, not {rd_ratio!r}.')
+        for name, act in (('act_layer', act_layer), ('gate_layer', gate_layer)):
+            try:
+                get_act_layer(act)
+            except KeyError:
+                raise ValueError(
+                    f"{name} must be a module or timm's name of one, such as 'relu', not {act!r}."
+                ) from None
         if strategy not in ('regional', 'sliding'):
             raise ValueError(f"strategy must be 'regional' or 'sliding', not {strategy!r}.")
         self.channels = channels
@@ -202,11 +210,11 @@ class MultiScaleRecalibration(nn.Module):
         z = self.z(x if source is None else source, self.regions(x, self.scales))
         return {k: self.scaled(ones, [z_k], self.regions(x, [k]), [k]) for k, z_k in zip(self.scales, z)}
 
-    def regions(self, x: Tensor, scales: list[int]) -> list[Tensor]:
+    def regions(self, x: Tensor, scales: list[int]) -> Tensor | None:
         """What means and gates of a map x have in common, computed once."""
-        return region_matrices(x, scales) if self.strategy == 'regional' else []
+        return region_matrix(x, scales) if self.strategy == 'regional' else None
 
-    def z(self, source: Tensor, regions: list[Tensor]) -> list[Tensor]:
+    def z(self, source: Tensor, regions: Tensor | None) -> list[Tensor]:
         """z_K of every scale, Eq. (1), (B, n, channels) at its n = K² regions, or at every position when sliding."""
         if self.strategy == 'regional':
             y = regional_means(source, self.scales, regions)
@@ -214,7 +222,7 @@ class MultiScaleRecalibration(nn.Module):
             y = sliding_means(source, self.scales)
         return [gate(y[i]) for i, gate in enumerate(self.scale.values())]
 
-    def scaled(self, x: Tensor, z: list[Tensor], regions: list[Tensor], scales: list[int]) -> Tensor:
+    def scaled(self, x: Tensor, z: list[Tensor], regions: Tensor | None, scales: list[int]) -> Tensor:
         """x times the mean of z, Eq. (2)."""
         if self.strategy == 'regional':
             return recalibrate(x, z, scales, regions)

@@ -20,15 +20,19 @@ from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 
-def region_matrix(size: int, scale: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """R of the regions along an axis, (K, size); where K exceeds a size that is a number, (size, size)."""
-    # No empty region: it would count in the statistics of batch norm.
+def count(size: int, scale: int) -> int:
+    """Regions of scale K along an axis: K, but where the size is a number no more than that."""
+    # An empty region would count in the statistics of batch norm. A symbol cannot be compared.
     if torch.jit.is_scripting():
-        k = min(scale, size)
-    else:  # a symbol cannot be compared
-        k = min(scale, size) if isinstance(size, int) and not torch.compiler.is_exporting() else scale
+        return min(scale, size)
+    return min(scale, size) if isinstance(size, int) and not torch.compiler.is_exporting() else scale
+
+
+def regions(size: int, scale: int, device: torch.device) -> Tensor:
+    """R of the regions along an axis, (count, size), of truth values."""
+    k = count(size, scale)
     region = torch.arange(size, device=device) * k // size
-    return (region == torch.arange(k, device=device)[:, None]).to(dtype)
+    return region == torch.arange(k, device=device)[:, None]
 
 
 def window_matrix(size: int, area: int, scale: int, device: torch.device, dtype: torch.dtype) -> Tensor:
@@ -48,30 +52,31 @@ def sliding_means(x: Tensor, scales: list[int]) -> list[Tensor]:
     means: list[Tensor] = []
     height, width = x.shape[2], x.shape[3]
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    cube = wide.reshape(-1, height, width)
+    cube = wide.flatten(0, 1)
     for scale in scales:
         rows = mean_matrix(window_matrix(height, height * width, scale, x.device, wide.dtype))
         cols = mean_matrix(window_matrix(width, height * width, scale, x.device, wide.dtype))
         y = torch.bmm(rows.expand(cube.shape[0], -1, -1), cube)
         y = torch.bmm(y, cols.T.expand(cube.shape[0], -1, -1))
-        means.append(y.view(x.shape[0], x.shape[1], -1).transpose(1, 2).to(x.dtype))
+        means.append(y.unflatten(0, x.shape[:2]).flatten(2).transpose(1, 2).to(x.dtype))
     return means
 
 
-def region_matrices(x: Tensor, scales: list[int]) -> list[Tensor]:
-    """R ⊗ R of every scale K for a map x, (B, C, H, W): (K², H·W), a row for each region, a column for each position.
+def region_matrix(x: Tensor, scales: list[int]) -> Tensor | None:
+    """R ⊗ R of all scales for a map x, (B, C, H, W): a row for each region, a column for each of the H·W positions.
 
-    The list is empty where the regions are equal blocks, which need no matrix.
+    None where the regions are equal blocks, which need no matrix.
     """
+    if are_blocks(x, scales):
+        return None
     matrices: list[Tensor] = []
-    if not are_blocks(x, scales):
-        for k in scales:
-            rows = cols = region_matrix(x.shape[2], k, x.device, x.dtype)
-            if not is_known(x.shape[2] == x.shape[3]):
-                cols = region_matrix(x.shape[3], k, x.device, x.dtype)
-            cube = rows[:, None, :, None] * cols[:, None, :]  # torch.kron takes sizes for numbers
-            matrices.append(cube.flatten(2).flatten(0, 1))
-    return matrices
+    for k in scales:
+        rows = cols = regions(x.shape[2], k, x.device)
+        if not is_known(x.shape[2] == x.shape[3]):
+            cols = regions(x.shape[3], k, x.device)
+        cube = rows[:, None, :, None] & cols[:, None, :]  # torch.kron takes sizes for numbers
+        matrices.append(cube.flatten(2).flatten(0, 1))
+    return torch.cat(matrices).to(x.dtype)
 
 
 def are_blocks(x: Tensor, scales: list[int]) -> bool:
@@ -94,17 +99,20 @@ def finest(scales: list[int]) -> int:
     return multiple
 
 
-def regional_means(x: Tensor, scales: list[int], matrices: list[Tensor]) -> list[Tensor]:
-    """y of x, (B, C, H, W), over the regions of every scale K, as (B, K², C), or fewer where the map has fewer."""
+def regional_means(x: Tensor, scales: list[int], matrix: Tensor | None) -> list[Tensor]:
+    """y of x, (B, C, H, W), over the regions of every scale K, as (B, n, C) for its n = K² regions or fewer."""
     means: list[Tensor] = []
-    if len(matrices) > 0:
-        matrix = mean_matrix(torch.cat(matrices))
-        y = torch.bmm(matrix.expand(x.shape[0], -1, -1), x.flatten(2).transpose(1, 2))
-        for part in y.split([m.shape[0] for m in matrices], dim=1):
+    channels_last = x.is_contiguous(memory_format=torch.channels_last)
+    if matrix is not None:
+        rows = mean_matrix(matrix).expand(x.shape[0], -1, -1)
+        if channels_last:
+            y = torch.bmm(rows, x.flatten(2).transpose(1, 2))
+        else:  # the same, with a gradient in the order of x
+            y = torch.bmm(x.flatten(2), rows.transpose(1, 2)).transpose(1, 2)
+        for part in y.split([count(x.shape[2], k) * count(x.shape[3], k) for k in scales], dim=1):
             means.append(part)
         return means
     # Reductions are fast in the order in which the map lies in memory. Half precision would overflow in large regions.
-    channels_last = x.is_contiguous(memory_format=torch.channels_last)
     wide = torch.promote_types(x.dtype, torch.float32)
     if channels_last:
         blocks = block_means(x.permute(0, 2, 3, 1), 1, finest(scales), wide)
@@ -139,12 +147,12 @@ def average(z: list[Tensor]) -> Tensor:
     return total / len(z)
 
 
-def recalibrate(x: Tensor, z: list[Tensor], scales: list[int], matrices: list[Tensor]) -> Tensor:
+def recalibrate(x: Tensor, z: list[Tensor], scales: list[int], matrix: Tensor | None) -> Tensor:
     """x ⊙ Z of x, (B, C, H, W), with Z = 1/L · Σ_K z_K of the gates z_K at the regions of every scale K, (B, K², C)."""
     height, width = x.shape[2], x.shape[3]
     channels_last = x.is_contiguous(memory_format=torch.channels_last)
-    if len(matrices) > 0:
-        rows, matrix = torch.cat(z, 1) / len(scales), torch.cat(matrices)
+    if matrix is not None:
+        rows = torch.cat(z, 1) / len(scales)
         if channels_last:
             gates = torch.bmm(matrix.T.expand(x.shape[0], -1, -1), rows)
             return x * gates.unflatten(1, (height, width)).permute(0, 3, 1, 2)

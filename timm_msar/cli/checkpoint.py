@@ -25,7 +25,7 @@ from safetensors.torch import load_file
 from timm.models import clean_state_dict
 from torch import nn
 
-from .errors import CommandError, first_line, one_sentence
+from .errors import CommandError, first_line, one_sentence, refuse_special
 from .run_folder import check_arguments, read_arguments, read_summary
 
 
@@ -75,6 +75,7 @@ def load_network(path: Path, name: str) -> tuple[Any, dict[str, Any]]:
     """
     if path.suffix == '.safetensors':
         with one_sentence(f'cannot read {path}', SafetensorError):
+            refuse_special(path)
             return _rebuild({'model': name}, load_file(path), path), {'model': name}
     checkpoint = read_checkpoint(path)
     args = _arguments(checkpoint, path)
@@ -105,8 +106,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     """
     advice = 'give the model_best.pth.tar or last.pth.tar of train.py'
     with one_sentence(f'cannot read {path}', zipfile.BadZipFile, advice=advice):
-        if path.exists() and not path.is_file():
-            raise OSError(0, 'it is not a file')  # a fifo would be waited for
+        refuse_special(path)
         with path.open('rb') as file:
             is_zip = zipfile.is_zipfile(file)
     if not is_zip:

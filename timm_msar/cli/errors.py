@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import yaml
 
@@ -11,6 +12,12 @@ YAML_ERRORS = yaml.YAMLError, KeyError, AttributeError, RecursionError
 
 class CommandError(Exception):
     """Something the user can put right; its text is the whole message, without a traceback."""
+
+
+def refuse_special(path: Path) -> None:
+    """Raise OSError for what is there and no file: a folder, or a fifo, which would be waited for without end."""
+    if path.exists() and not path.is_file():
+        raise OSError(0, 'it is not a file')
 
 
 def first_line(error: BaseException) -> str:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from .errors import YAML_ERRORS, CommandError, one_sentence
+from .errors import YAML_ERRORS, CommandError, one_sentence, refuse_special
 
 TRAIN_PY = 'is this the output folder of train.py?'
 MAX_SIZE = 4096  # pixels; larger images do not fit in memory as activations
@@ -162,6 +162,5 @@ def read_summary(path: Path) -> list[dict[str, float]]:
 
 
 def read_text(path: Path) -> str:
-    if path.exists() and not path.is_file():
-        raise OSError(0, 'it is not a file')  # a fifo would be waited for
+    refuse_special(path)
     return path.read_text(encoding='utf-8')
