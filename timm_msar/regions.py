@@ -105,10 +105,7 @@ def regional_means(x: Tensor, scales: list[int], matrix: Tensor | None) -> list[
     channels_last = x.is_contiguous(memory_format=torch.channels_last)
     if matrix is not None:
         rows = mean_matrix(matrix).expand(x.shape[0], -1, -1)
-        if channels_last:
-            y = torch.bmm(rows, x.flatten(2).transpose(1, 2))
-        else:  # the same, with a gradient in the order of x
-            y = torch.bmm(x.flatten(2), rows.transpose(1, 2)).transpose(1, 2)
+        y = torch.bmm(rows, x.flatten(2).transpose(1, 2))
         for part in y.split([count(x.shape[2], k) * count(x.shape[3], k) for k in scales], dim=1):
             means.append(part)
         return means
@@ -160,9 +157,10 @@ def recalibrate(x: Tensor, z: list[Tensor], scales: list[int], matrix: Tensor | 
         return x * gates.unflatten(2, (height, width))
     k = finest(scales)
     grids = [repeat(repeat(z_k.unflatten(1, (scale, scale)), 1, k), 2, k) for scale, z_k in zip(scales, z)]
-    gates = repeat(average(grids), 2, width)
-    gates = gates if channels_last else gates.permute(0, 3, 1, 2).contiguous()
-    dim = 1 if channels_last else 2
+    gates, dim = average(grids), 1  # the rows' axis; the columns' is the next
+    if not channels_last:
+        gates, dim = gates.permute(0, 3, 1, 2).contiguous(), 2
+    gates = repeat(gates, dim + 1, width)
     if torch.is_grad_enabled():
         gates = repeat(gates, dim, height)
         return x * (gates.permute(0, 3, 1, 2) if channels_last else gates)
