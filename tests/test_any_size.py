@@ -66,6 +66,14 @@ def test_scripted_and_trained_on_one_image():
     scripted.train()(torch.randn(1, 3, 64, 64)).sum().backward()
 
 
+def test_what_converters_cannot_take_is_not_exported():
+    """coremltools 9.0 has no bitwise `and`; litert-torch 0.10 has no mean with a type."""
+    exported = torch.export.export(network(), (torch.randn(2, 3, 224, 224),))
+    for node in exported.graph.nodes:
+        assert '__and__' not in str(node.target)
+        assert not ('mean' in str(node.target) and node.kwargs.get('dtype')), node.format_node()
+
+
 def test_exported_with_symbolic_sizes():
     model = network()
     dims = {2: torch.export.Dim('height', min=64, max=1024), 3: torch.export.Dim('width', min=64, max=1024)}

@@ -74,7 +74,7 @@ def region_matrix(x: Tensor, scales: list[int]) -> Tensor | None:
         rows = cols = regions(x.shape[2], k, x.device)
         if not is_known(x.shape[2] == x.shape[3]):
             cols = regions(x.shape[3], k, x.device)
-        cube = rows[:, None, :, None] & cols[:, None, :]  # torch.kron takes sizes for numbers
+        cube = torch.logical_and(rows[:, None, :, None], cols[:, None, :])  # torch.kron takes sizes for numbers
         matrices.append(cube.flatten(2).flatten(0, 1))
     return torch.cat(matrices).to(x.dtype)
 
@@ -110,7 +110,8 @@ def regional_means(x: Tensor, scales: list[int], matrix: Tensor | None) -> list[
             means.append(part)
         return means
     # Reductions are fast in the order in which the map lies in memory. Half precision would overflow in large regions.
-    wide = torch.promote_types(x.dtype, torch.float32)
+    # Other types are not named: LiteRT's converter takes a mean without one only.
+    wide = torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else None
     if channels_last:
         blocks = block_means(x.permute(0, 2, 3, 1), 1, finest(scales), wide)
     else:
@@ -120,7 +121,7 @@ def regional_means(x: Tensor, scales: list[int], matrix: Tensor | None) -> list[
     return means
 
 
-def block_means(x: Tensor, dim: int, k: int, dtype: torch.dtype) -> Tensor:
+def block_means(x: Tensor, dim: int, k: int, dtype: torch.dtype | None) -> Tensor:
     """Means over k×k equal blocks along `dim` and the next axis."""
     if k == x.shape[dim] and k == x.shape[dim + 1]:
         return x
@@ -154,7 +155,7 @@ def recalibrate(x: Tensor, z: list[Tensor], scales: list[int], matrix: Tensor | 
             gates = torch.bmm(matrix.T.expand(x.shape[0], -1, -1), rows)
             return x * gates.unflatten(1, (height, width)).permute(0, 3, 1, 2)
         gates = torch.bmm(rows.transpose(1, 2), matrix.expand(x.shape[0], -1, -1))
-        return x * gates.unflatten(2, (height, width))
+        return x * gates.view(x.shape[0], gates.shape[1], height, width)
     k = finest(scales)
     grids = [repeat(repeat(z_k.unflatten(1, (scale, scale)), 1, k), 2, k) for scale, z_k in zip(scales, z)]
     gates, dim = average(grids), 1  # the rows' axis; the columns' is the next
