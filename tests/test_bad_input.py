@@ -278,7 +278,9 @@ def test_damaged_configs(tmp_path):
 def test_dataset_json_of_odd_types(tmp_path):
     rng = random.Random(0)
     values = [None, 5, 'cifar10', [], ['a', 'b'], [1, 2], [['a'], 'b'], {'a': 1}, [None, 'b'], True]
-    facts = [json.dumps({'dataset': rng.choice(values), 'classes': rng.choice(values)}) for _ in range(150)]
+    counts = {'train': 0, 'validation': 0}
+    odd = [{name: rng.choice(values) for name in ('dataset', 'classes', 'per_class')} for _ in range(150)]
+    right = json.dumps({'dataset': 'cifar10', 'classes': ['a', 'b'], **counts})
     for text in [
         '',
         '[',
@@ -287,12 +289,14 @@ def test_dataset_json_of_odd_types(tmp_path):
         '3',
         '[' * 100_000,
         '\0',
-        '{"dataset": "cifar10", "classes": ["a", "b"]}',
-        *facts,
+        right,
+        *(json.dumps(facts | counts) for facts in odd),
     ]:
         (tmp_path / 'dataset.json').write_text(text)
-        known = text == '{"dataset": "cifar10", "classes": ["a", "b"]}'
-        assert training_data({'data_dir': str(tmp_path)}, 2).classes == (('a', 'b') if known else ())
+        data = training_data({'data_dir': str(tmp_path)}, 2)
+        assert data.per_class is None or isinstance(data.per_class, int)
+        if text == right:
+            assert data.hub_id and data.classes == ('a', 'b')
 
 
 def image(path, rng):

@@ -109,7 +109,7 @@ def run_blocks(codes: list[str], pictures, cwd: Path, **env: str) -> list[str]:
 def check_card(path: Path) -> ModelCard:
     """What every card has."""
     card = ModelCard.load(path)
-    assert card.data.library_name == 'timm' and card.data.license and 'timm' in card.data.tags
+    assert card.data.library_name == 'timm' and not card.data.license and 'timm' in card.data.tags
     assert card.data.pipeline_tag == 'image-classification'
     for result in card.data.eval_results or []:
         assert 0 < result.metric_value <= 1 and result.dataset_name and result.dataset_type
@@ -204,9 +204,10 @@ def test_names_of_classes_and_folders_stand_in_the_card_as_they_are(tmp_path):
 
 def test_data_sets_are_known_by_what_they_hold_not_by_their_names(tmp_path, monkeypatch):
     def folder(name, classes, facts=None):
-        for label in classes:
-            (tmp_path / name / 'train' / label).mkdir(parents=True)
-            (tmp_path / name / 'train' / label / 'a.png').touch()
+        for split in ('train', 'validation'):
+            for label in classes:
+                (tmp_path / name / split / label).mkdir(parents=True)
+                (tmp_path / name / split / label / 'a.png').touch()
         if facts:
             (tmp_path / name / 'dataset.json').write_text(json.dumps(facts))
         return {'data_dir': str(tmp_path / name), 'dataset': ''}
@@ -216,10 +217,15 @@ def test_data_sets_are_known_by_what_they_hold_not_by_their_names(tmp_path, monk
     assert training_data(folder('more', CLASSES), 1000).classes == ()
     assert training_data(folder('mapped', CLASSES) | {'class_map': 'map.txt'}, 3).classes == ()
 
-    facts = {'dataset': 'cifar10', 'classes': list(CLASSES)}
+    facts = {'dataset': 'cifar10', 'classes': list(CLASSES), 'per_class': 1, 'train': 3, 'validation': 3}
     prepared = training_data(folder('x', CLASSES, facts), 3)
     assert (prepared.name, prepared.hub_id, prepared.split) == ('CIFAR-10', 'uoft-cs/cifar10', 'test')
-    assert prepared.classes == CLASSES
+    assert prepared.classes == CLASSES and prepared.per_class == 1
+    assert '**Dataset:** CIFAR-10, 1 training images of each class' in model_card(
+        'cifar_resnet20', 'x', prepared, {}, ''
+    )
+    excerpt = training_data(folder('excerpt', CLASSES, facts | {'validation': 10_000}), 3)
+    assert (excerpt.name, excerpt.hub_id, excerpt.split) == ('excerpt', None, 'validation')
 
     synsets = timm.data.ImageNetInfo().label_names()
     assert training_data(folder('ilsvrc', synsets), 1000)[:2] == ('ilsvrc', None)  # an excerpt of it

@@ -59,6 +59,7 @@ def test_the_exported_folder_holds_this_training_and_computes_the_same(run, tmp_
     assert sorted(path.name for path in output.iterdir()) == ['README.md', 'config.json', 'model.safetensors']
     assert [path.name for path in output.parent.iterdir()] == [output.name]
     assert digest(run) == before
+    assert len({path.stat().st_mode for path in output.iterdir()}) == 1
 
     loaded = timm.create_model(f'local-dir:{output}', pretrained=True)
     assert torch.equal(logits_of(loaded), logits(weights(run)))
@@ -99,21 +100,22 @@ def test_arguments_of_the_network_are_kept(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ('given', 'base_model', 'fine_tuned'),
+    ('given', 'base_model', 'start'),
     [
-        ({}, None, False),
-        ({'pretrained': True}, 'timm/resnet18.a1_in1k', True),
-        ({'pretrained': True, 'pretrained_path': 'mine.safetensors'}, None, True),
-        ({'initial_checkpoint': 'mine.safetensors'}, None, True),
+        ({}, None, None),
+        ({'pretrained': True}, 'timm/resnet18.a1_in1k', 'resnet18_msar.warm_a1_in1k'),
+        ({'pretrained': True, 'pretrained_path': 'mine.safetensors'}, None, 'other weights'),
+        ({'initial_checkpoint': 'mine.safetensors'}, None, 'other weights'),
     ],
 )
-def test_the_card_names_the_weights_it_started_from_where_they_are_known(tmp_path, given, base_model, fine_tuned):
+def test_the_card_names_the_weights_it_started_from_where_they_are_known(tmp_path, given, base_model, start):
     run_export(make_run(tmp_path, model='resnet18_msar', **given), tmp_path / 'out')
     card = ModelCard.load(tmp_path / 'out' / 'README.md')
     assert card.data.base_model == base_model
-    assert ('fine-tuned' in card.text) == fine_tuned
+    assert (f', fine-tuned from {start}. ' in card.text) if start else ('fine-tuned' not in card.text)
     cfg = json.loads((tmp_path / 'out' / 'config.json').read_text())['pretrained_cfg']
     assert ('license' in cfg) == ('origin_url' in cfg) == bool(base_model)
+    assert card.data.license == ('apache-2.0' if base_model else None)  # the trainer's own choice
     assert 'network with Multi-Scale' in card.text and 'It needs the package' in card.text
 
 

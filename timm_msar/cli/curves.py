@@ -157,7 +157,7 @@ def draw(groups: Sequence[Curves], output: Path) -> None:
     """
     try:
         from matplotlib.figure import Figure
-        from matplotlib.ticker import FuncFormatter
+        from matplotlib.ticker import FuncFormatter, MaxNLocator
     except ImportError as error:
         raise CommandError('drawing needs matplotlib: pip install "timm-msar[demo]"') from error
 
@@ -182,6 +182,7 @@ def draw(groups: Sequence[Curves], output: Path) -> None:
         for formatter in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
             formatter(FuncFormatter(lambda value, _: f'{value:g}'))
         axis.tick_params(axis='y', which='minor', labelsize=7)
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.set_xlabel('epoch')
         axis.set_title(title)
         axis.grid(which='both', alpha=0.25)

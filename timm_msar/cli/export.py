@@ -8,6 +8,7 @@ import argparse
 import hashlib
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -145,6 +146,7 @@ def _complete_config(folder: Path, has_base: bool) -> str:
     config.get('model_args', {}).pop('num_classes', None)  # is there already; transformers refuses to have it twice
     config['weights_sha256'] = _sha256(folder / 'model.safetensors')
     path.write_text(json.dumps(config, indent=2), encoding='utf-8')
+    shutil.copymode(path, folder / 'model.safetensors')  # safetensors lets nobody else read it
     return config['weights_sha256']
 
 
@@ -161,8 +163,11 @@ def _description(trained: Trained) -> str:
     ]
     if args.get('batch_size'):
         facts.append(_batch_size(args['batch_size'], args.get('grad_accum_steps') or 1, args.get('world_size')))
-    fine_tuned = args.get('pretrained') or args.get('initial_checkpoint')
-    start = ', fine-tuned from pretrained weights' if fine_tuned else ''
+    start = ''
+    if args.get('pretrained_path') or args.get('initial_checkpoint'):
+        start = ', fine-tuned from other weights'
+    elif args.get('pretrained'):
+        start = ', fine-tuned from {architecture}.{tag}'.format(**trained.model.pretrained_cfg)
     return f"Trained with timm's train.py{start}. {', '.join(facts)}."
 
 

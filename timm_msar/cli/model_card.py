@@ -61,7 +61,7 @@ def model_card(
     table = [('Model', 'Top-1 (%)', 'Top-5 (%)'), ('---', '---', '---'), own]
     measured = f'Measured on the {as_markdown(data.split)} split of {dataset}.\n\n' if results else ''
     metadata = ModelCardData(
-        license=cfg.get('license') or 'apache-2.0',
+        license=cfg.get('license'),  # who trained the weights decides
         library_name='timm',
         pipeline_tag='image-classification',
         tags=['image-classification', 'timm', 'timm-msar'],
@@ -81,7 +81,7 @@ def model_card(
         'gmacs': f'{macs / 1e9:.3f}',
         'image_size': f'{height} x {width}',
         'classes': _classes(data, model.num_classes),
-        'dataset': dataset,
+        'dataset': dataset + (f', {data.per_class} training images of each class' if data.per_class else ''),
         'sha256': sha256,
         'model_id': repr(model_id),
         'image_url': IMAGE_URL,

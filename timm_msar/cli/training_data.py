@@ -12,6 +12,7 @@ from timm.data import ImageNetInfo, is_img_extension
 from timm.utils import natural_key
 
 from .errors import CommandError
+from .run_folder import read_text
 
 HUB_DATASETS = {
     'cifar10': ('CIFAR-10', 'uoft-cs/cifar10', 'test'),
@@ -29,6 +30,7 @@ class TrainingData(NamedTuple):
     hub_id: str | None
     split: str
     classes: tuple[str, ...] = ()  # in the order of the labels; empty where the images are not here
+    per_class: int | None = None  # training images of each class, where `timm-msar data` kept only the first ones
 
 
 def training_data(args: dict[str, Any], num_classes: int) -> TrainingData:
@@ -53,34 +55,36 @@ def training_data(args: dict[str, Any], num_classes: int) -> TrainingData:
     if kind or not root.name:
         return TrainingData(name or kind or 'unknown', None, split)
     facts = _facts(root)
-    if facts is not None:
-        known, classes = HUB_DATASETS.get(facts[0]), facts[1]
+    if facts:
+        known, classes, per_class = HUB_DATASETS.get(facts['dataset']), tuple(facts['classes']), facts.get('per_class')
     else:
-        known, classes = None, ()
+        known, classes, per_class = None, (), None
         if not args.get('class_map'):  # a class map numbers the classes in another order
-            images = _images(root, args.get('train_split') or 'train')
+            images = _images(root / (args.get('train_split') or 'train'), root / 'train', root / 'training', root)
             classes = _in_order_of_timm(images, root)
             if sum(images.values()) == IMAGENET_IMAGES and set(classes) == set(ImageNetInfo().label_names()):
                 known = HUB_DATASETS['imagenet']
     name, hub_id, split = known or (root.name, None, split)
-    return TrainingData(name, hub_id, split, classes if len(classes) == num_classes else ())
+    return TrainingData(name, hub_id, split, classes if len(classes) == num_classes else (), per_class)
 
 
-def _facts(root: Path) -> tuple[str, tuple[str, ...]] | None:
-    """The data set and its classes that `timm-msar data` wrote down, if it made the folder."""
+def _facts(root: Path) -> dict[str, Any] | None:
+    """What `timm-msar data` wrote down about the folder, if it made it and the images are still as many."""
     try:
-        facts = json.loads((root / 'dataset.json').read_text(encoding='utf-8'))
-        name, classes = facts['dataset'], facts['classes']
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        facts = json.loads(read_text(root / 'dataset.json'))
+        name, classes, per_class = facts['dataset'], facts['classes'], facts.get('per_class')
+        counts = {split: facts[split] for split in ('train', 'validation')}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
     whole = isinstance(name, str) and isinstance(classes, list) and all(isinstance(c, str) for c in classes)
-    return (name, tuple(classes)) if whole else None
+    whole = whole and type(per_class) in (int, type(None))
+    return facts if whole and all(sum(_images(root / split).values()) == counts[split] for split in counts) else None
 
 
-def _images(root: Path, split: str) -> dict[str, int]:
-    """How many images the class folders of the training split hold; none where they cannot be read."""
+def _images(*folders: Path) -> dict[str, int]:
+    """How many images each class folder of the first folder that is there holds; none where they cannot be read."""
     try:
-        folder = next((path for path in (root / split, root / 'train', root / 'training') if path.is_dir()), root)
+        folder = next((path for path in folders if path.is_dir()), folders[-1])
         with os.scandir(folder) as entries:
             counts = {entry.name: sum(_is_image(entry.path)) for entry in entries if entry.is_dir()}
     except OSError:
