@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 import random
+import resource
 import shutil
 import struct
 
@@ -275,6 +276,18 @@ def test_an_interrupted_run_leaves_nothing_and_the_next_one_takes_its_own_source
         run('fashion_mnist', root, '--source', source)
     paths[0].write_bytes(whole)
     run('fashion_mnist', root)
+
+
+def test_a_file_that_cannot_be_written_is_not_told_as_one_that_cannot_be_read(tmp_path):
+    write_fashion(tmp_path / 'source')
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))  # what a full disk does; the images are 31,376 bytes
+    try:
+        with pytest.raises(CommandError, match=r'cannot write .*: File too large'):
+            run('fashion_mnist', tmp_path / 'root', '--source', tmp_path / 'source')
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert [path.name for path in tmp_path.iterdir()] == ['source']
 
 
 def test_other_content_is_left_alone(fashion):

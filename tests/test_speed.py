@@ -112,6 +112,7 @@ def test_command_times_networks_and_their_counterparts(capsys):
     ('arguments', 'message'),
     [
         (['--device', 'gpu'], '--device gpu cannot be used: Expected one of cpu'),
+        (['--batch-size', '9' * 14, '--device', 'cpu'], f'no room on cpu for {"9" * 14} images of 224 pixels: '),
         (['resnet18'], 'resnet18 is not among the networks compared, resnet18_msar, resnet34_msar'),
     ],
 )

@@ -261,10 +261,11 @@ def _unpack_fashion_mnist(source: Path, download: Path) -> None:
     if missing:
         raise CommandError(f'{source} has no {missing[0]}; --source must be the folder of the four idx .gz files')
     raw = download / FashionMNIST.__name__ / 'raw'  # where torchvision looks for the unpacked files
-    raw.mkdir(parents=True)
     for filename, _ in FashionMNIST.resources:
-        with gzip.open(source / filename) as packed, open(raw / Path(filename).stem, 'wb') as unpacked:
-            shutil.copyfileobj(packed, unpacked)
+        unpacked = gzip.decompress((source / filename).read_bytes())
+        with one_sentence(f'cannot write {download}'):
+            raw.mkdir(parents=True, exist_ok=True)
+            (raw / Path(filename).stem).write_bytes(unpacked)
 
 
 def _first(count: int, images: np.ndarray, labels: np.ndarray, indices: np.ndarray) -> tuple[np.ndarray, ...]:

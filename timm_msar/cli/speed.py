@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from ..resnet_msar import RecalibratedBottleneck
 from .costs import plain
-from .errors import CommandError, first_line
+from .errors import CommandError, first_line, one_sentence
 from .whole_number import whole_number
 
 # For each network timm's plain and SE ones, the second of which the others are compared to.
@@ -83,9 +83,11 @@ def main(args: argparse.Namespace) -> None:
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     try:
         device = torch.device(args.device or accelerator or 'cpu')
-        images = torch.randn(args.batch_size, 3, args.img_size, args.img_size, device=device)
+        torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:  # PyTorch asserts that it was built with CUDA
         raise CommandError(f'--device {args.device} cannot be used: {first_line(error)}') from error
+    with one_sentence(f'no room on {device} for {args.batch_size} images of {args.img_size} pixels', RuntimeError):
+        images = torch.randn(args.batch_size, 3, args.img_size, args.img_size, device=device)
     memory_format = torch.channels_last if args.channels_last else torch.contiguous_format
     groups = [_group(name) for name in args.network or COUNTERPARTS]
     contestants = [
