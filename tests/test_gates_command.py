@@ -154,6 +154,22 @@ def test_checkpoints(photo, tmp_path, capsys):
     assert ': class ' in capsys.readouterr().out
 
 
+def test_damaged_weights_of_an_exported_folder(photo, tmp_path, capsys):
+    folder = tmp_path / 'exported'
+    assert cli.main(['export', str(make_run(tmp_path)), '--output', str(folder)]) == 0
+    assert run(photo, '--model', f'local-dir:{folder}', '--output', tmp_path / 'gates') == 0
+    weights_file = folder / 'model.safetensors'
+    damaged = bytearray(weights_file.read_bytes())
+    damaged[-1] ^= 1
+    weights_file.write_bytes(damaged)
+    capsys.readouterr()
+    assert run(photo, '--model', f'local-dir:{folder}', '--output', tmp_path / 'other') == 1
+    assert error_of(capsys) == [
+        f'{weights_file} is damaged or another file: its SHA-256 is not the one in config.json; '
+        'copy the folder or export it again'
+    ]
+
+
 def test_a_warm_start_is_told(photo, tmp_path, capsys):
     model = timm.create_model('cifar_resnet20_msar', num_classes=10)
     timm_msar.start_from_plain(model, timm.create_model('cifar_resnet20', num_classes=10).state_dict())

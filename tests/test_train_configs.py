@@ -1,6 +1,7 @@
 """The recipes of train_configs/ say what the paper says, and the commands of its README are train.py's."""
 
 import copy
+import random
 import re
 import runpy
 import shlex
@@ -12,6 +13,7 @@ import timm
 import timm.data
 import timm.optim
 import timm.scheduler
+import torch
 import yaml
 from PIL import Image
 
@@ -99,6 +101,8 @@ def test_cifar_augmentation_pixel_by_pixel(name):
             crop = padded[y : y + 32, x : x + 32]
             crops[crop.tobytes()] = (y, x, False)
             crops[crop[:, ::-1].tobytes()] = (y, x, True)
+    random.seed(0)  # of other draws one in seventy lacks a crop
+    torch.manual_seed(0)
     seen = {crops[train(Image.fromarray(padded)).permute(1, 2, 0).numpy().tobytes()] for _ in range(1500)}
     assert seen == set(crops.values())
 

@@ -150,6 +150,21 @@ def _complete_config(folder: Path, has_base: bool) -> str:
     return config['weights_sha256']
 
 
+def compare_checksum(folder: Path) -> None:
+    """Compare the weights in an exported folder with their checksum in config.json, if it has one.
+
+    Raises:
+        CommandError: They differ.
+        OSError: The folder lacks a file.
+    """
+    wanted = json.loads((folder / 'config.json').read_text(encoding='utf-8')).get('weights_sha256')
+    if wanted and wanted != _sha256(folder / 'model.safetensors'):
+        raise CommandError(
+            f'{folder / "model.safetensors"} is damaged or another file: its SHA-256 is not the one in config.json; '
+            'copy the folder or export it again'
+        )
+
+
 def _sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 

@@ -17,6 +17,7 @@ from timm.data import ImageNetInfo, create_transform, infer_imagenet_subset, is_
 from ..recalibration import MultiScaleRecalibration
 from .checkpoint import load_network
 from .errors import CommandError, first_line, one_sentence
+from .export import compare_checksum
 from .gate_pictures import Look, contact_sheet, look, picture, save
 from .photo import MODES, read_photo
 from .training_data import training_data
@@ -135,6 +136,8 @@ def _load(name: str, checkpoint: Path | None) -> tuple[Any, dict[str, Any], Sequ
                 cfg = timm.get_pretrained_cfg(name)
                 if cfg is None or not cfg.has_weights:
                     raise CommandError(f'{name} has no pretrained weights; give its own with --checkpoint')
+            if name.startswith('local-dir:'):
+                compare_checksum(Path(name.removeprefix('local-dir:')))
             model = timm.create_model(name, pretrained=True).eval()
         config = resolve_data_config(train_args, model=model)
     except CommandError:
