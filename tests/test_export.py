@@ -105,6 +105,7 @@ def test_arguments_of_the_network_are_kept(tmp_path):
         ({}, None, None),
         ({'pretrained': True}, 'timm/resnet18.a1_in1k', 'resnet18_msar.warm_a1_in1k'),
         ({'pretrained': True, 'pretrained_path': 'mine.safetensors'}, None, 'other weights'),
+        ({'pretrained_path': 'mine.safetensors'}, None, None),  # without --pretrained train.py does not load it
         ({'initial_checkpoint': 'mine.safetensors'}, None, 'other weights'),
     ],
 )

@@ -246,5 +246,5 @@ def test_bad_tensors():
         layer(x)
     with pytest.raises(RuntimeError, match='must match the size'):
         layer(x[:, :3], source)
-    with pytest.raises(RuntimeError, match=r'dtype|scalar type'):
+    with pytest.raises(RuntimeError, match='dtype'):
         layer(x.long(), source.long())

@@ -102,7 +102,6 @@ def finest(scales: list[int]) -> int:
 def regional_means(x: Tensor, scales: list[int], matrix: Tensor | None) -> list[Tensor]:
     """y of x, (B, C, H, W), over the regions of every scale K, as (B, n, C) for its n = K² regions or fewer."""
     means: list[Tensor] = []
-    channels_last = x.is_contiguous(memory_format=torch.channels_last)
     if matrix is not None:
         rows = mean_matrix(matrix).expand(x.shape[0], -1, -1)
         y = torch.bmm(rows, x.flatten(2).transpose(1, 2))
@@ -111,6 +110,7 @@ def regional_means(x: Tensor, scales: list[int], matrix: Tensor | None) -> list[
         return means
     # Reductions are fast in the order in which the map lies in memory. Half precision would overflow in large regions.
     # Other types are not named: LiteRT's converter takes a mean without one only.
+    channels_last = x.is_contiguous(memory_format=torch.channels_last)
     wide = torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else None
     if channels_last:
         blocks = block_means(x.permute(0, 2, 3, 1), 1, finest(scales), wide)

@@ -99,9 +99,8 @@ def write_folder(trained: Trained, folder: Path, model_id: str, checkpoint: Path
     ):
         expected = model(image)
 
-    # A file in place of timm's weights may hold anything, so then the base is not known.
-    from_hub = args.get('pretrained') and not (args.get('pretrained_path') or args.get('initial_checkpoint'))
-    base_model = model.pretrained_cfg.get('hf_hub_id') if from_hub else None
+    fine_tuned = args.get('pretrained') and not _started_from_a_file(args)
+    base_model = model.pretrained_cfg.get('hf_hub_id') if fine_tuned else None
     tag = model_id.rpartition('/')[2].partition('.')[2] or checkpoint.resolve().parent.name
     model_config = {'pretrained_cfg': {'tag': tag}, 'label_names': data.classes}
     save_for_hf(model, folder, model_config=model_config, safe_serialization=True, data_config=data_config)
@@ -169,6 +168,11 @@ def _sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
+def _started_from_a_file(args: dict[str, Any]) -> bool:
+    """A file in place of the network's own pretrained weights may hold anything, so then the base is not known."""
+    return bool(args.get('pretrained_path') or args.get('initial_checkpoint'))
+
+
 def _description(trained: Trained) -> str:
     args = trained.args
     weights = 'Exponential moving average of the weights' if trained.ema else 'Weights'
@@ -179,10 +183,10 @@ def _description(trained: Trained) -> str:
     if args.get('batch_size'):
         facts.append(_batch_size(args['batch_size'], args.get('grad_accum_steps') or 1, args.get('world_size')))
     start = ''
-    if args.get('pretrained_path') or args.get('initial_checkpoint'):
-        start = ', fine-tuned from other weights'
-    elif args.get('pretrained'):
-        start = ', fine-tuned from {architecture}.{tag}'.format(**trained.model.pretrained_cfg)
+    if args.get('pretrained') or args.get('initial_checkpoint'):
+        cfg = trained.model.pretrained_cfg
+        base = 'other weights' if _started_from_a_file(args) else f'{cfg["architecture"]}.{cfg["tag"]}'
+        start = f', fine-tuned from {base}'
     return f"Trained with timm's train.py{start}. {', '.join(facts)}."
 
 
