@@ -13,6 +13,8 @@ from timm.utils import update_summary
 from timm_msar.cli import curves
 from timm_msar.cli.errors import CommandError
 
+ROOT = Path(__file__).parents[1]
+
 
 def run(*words):
     """What `timm-msar curves WORDS` does."""
@@ -106,6 +108,36 @@ def test_other_arguments_make_another_configuration(tmp_path):
     ]
 
 
+def test_differences_are_paired_by_seed(three_seeds, tmp_path, capsys):
+    plain = [
+        make_run(tmp_path / 'plain 1', [80.0, 88.0, 91.0], model='cifar_resnet20', seed=1),
+        make_run(tmp_path / 'plain 7', [80.0, 88.0, 50.0], model='cifar_resnet20', seed=7),
+        make_run(tmp_path / 'plain 0', [70.0, 88.0, 87.0], model='cifar_resnet20', seed=0),
+    ]
+    run(*three_seeds, *plain, '--output', tmp_path / 'curves.png')
+    # seed 0: 13 - 10 = 3; seed 1: 9 - 8 = 1; mean 2, std sqrt(2), so standard error 1
+    line = 'cifar_resnet20 - cifar_resnet20_msar  2  +2.00 ± 1.00  +0.0200 ± 0.0100  +0.0400 ± 0.0200'
+    (found,) = [row for row in capsys.readouterr().out.splitlines() if row.startswith('cifar_resnet20 - ')]
+    assert found.split() == line.split()
+
+    # neither one common seed nor another last epoch makes a pair
+    assert curves.differences(curves.read_runs([*three_seeds, *plain[:2]])) == ''
+    short = [make_run(tmp_path / f'short {seed}', [80.0], epochs=3, seed=seed, lr=0.2) for seed in range(3)]
+    assert curves.differences(curves.read_runs([*three_seeds, *short])) == ''
+
+
+@pytest.mark.parametrize('regime', ['few', 'all'])
+def test_the_tables_of_our_own_results_are_printed_from_their_files(regime, tmp_path, capsys):
+    results = ROOT / 'docs' / 'results'
+    run(*sorted(results.glob(f'{regime}-*')), '--output', tmp_path / 'curves.png')
+    tables = capsys.readouterr().out.partition('\ndrawn in')[0].strip()
+    assert f'```\n{tables}\n```' in (ROOT / 'docs' / 'results.md').read_text(encoding='utf-8')
+
+    plain, msar, one = (line.split('  ') for line in tables.splitlines()[1:4])
+    last = [[cell.strip() for cell in row if cell.strip()][2] for row in (plain, one, msar)]
+    assert f'| {" | ".join(last)} |\n' in (ROOT / 'README.md').read_text(encoding='utf-8')
+
+
 def test_only_epochs_that_all_seeds_have_are_averaged(tmp_path):
     runs = [
         make_run(tmp_path / 'a', [80.0, 90.0, 95.0], epochs=3),
@@ -160,11 +192,3 @@ def test_other_bad_input_is_told(tmp_path):
         run(folder)
     with pytest.raises(CommandError, match=r'cannot read .*args\.yaml: No such file'):
         run(tmp_path / 'b')
-
-
-def test_the_table_of_the_results_is_printed_from_the_files_in_docs(tmp_path, capsys):
-    docs = Path(__file__).parents[1] / 'docs'
-    runs = sorted(str(path) for path in (docs / 'results').iterdir())
-    run(*runs, '--output', tmp_path / 'curves.png')
-    table = capsys.readouterr().out.rpartition('drawn in')[0]
-    assert table in (docs / 'results.md').read_text(encoding='utf-8')

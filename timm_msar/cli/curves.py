@@ -1,13 +1,16 @@
-"""Draw losses and validation error of runs of train.py, averaged over seeds, and print their last and best values.
+"""Draw losses and error of runs of train.py, averaged over seeds; print last and best values, and differences.
 
 Runs are averaged where everything in their args.yaml is the same but the seed and what cannot change the result (names,
 logging, workers …), and only over the epochs that all of them have reached. The band is one standard deviation (of the
 sample: divided by n - 1) to both sides. An error is 100 - eval_top1, in percent.
+
+Two configurations with seeds in common are compared seed by seed: the same seed draws the same order of the images.
 """
 
 import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +34,7 @@ class Curves:
     """The runs of one configuration: one row per seed, one column per epoch."""
 
     label: str
+    seeds: list[Any]
     epochs: np.ndarray
     training_loss: np.ndarray
     validation_loss: np.ndarray
@@ -60,6 +64,8 @@ def main(args: argparse.Namespace) -> None:
             raise CommandError(f'--output {args.output} is a folder; give the name of a picture')
         draw(groups, args.output)
     print(table(groups))
+    if pairs := differences(groups):
+        print(f'\n{pairs}\n')
     print(f'drawn in {args.output}')
 
 
@@ -90,7 +96,7 @@ def read_runs(runs: Sequence[Path]) -> list[Curves]:
             )
         group[seed] = run
     return [
-        _together(label, list(group.values()), epochs)
+        _together(label, group, epochs)
         for label, group, epochs in zip(_labels(settings), members, planned, strict=True)
     ]
 
@@ -107,12 +113,13 @@ def _labels(settings: Sequence[dict[str, str]]) -> list[str]:
         same_model = [other for other in settings if other['model'] == configuration['model']]
         keys = sorted({key for other in same_model for key in other})
         differing = [key for key in keys if any(other.get(key) != same_model[0].get(key) for other in same_model)]
-        details = ', '.join(f'{key}={configuration.get(key)}' for key in differing)
+        details = ', '.join(f'{key}={configuration.get(key)}' for key in differing if configuration.get(key) != '{}')
         labels.append(configuration['model'] + (f' ({details})' if details else ''))
     return labels
 
 
-def _together(label: str, runs: Sequence[Path], planned_epochs: int) -> Curves:
+def _together(label: str, members: dict[Any, Path], planned_epochs: int) -> Curves:
+    runs = list(members.values())
     summaries = [{row['epoch']: row for row in read_summary(run / 'summary.csv')} for run in runs]
     epochs = sorted(set.intersection(*map(set, summaries)))
     if not epochs:
@@ -125,7 +132,7 @@ def _together(label: str, runs: Sequence[Path], planned_epochs: int) -> Curves:
             raise CommandError(f'a run of {label} was not validated, so it has no error to draw') from error
 
     losses = values('train_loss'), values('eval_loss')
-    return Curves(label, np.array(epochs) + 1, *losses, 100 - values('eval_top1'), planned_epochs)
+    return Curves(label, list(members), np.array(epochs) + 1, *losses, 100 - values('eval_top1'), planned_epochs)
 
 
 def table(groups: Sequence[Curves]) -> str:
@@ -137,6 +144,32 @@ def table(groups: Sequence[Curves]) -> str:
         values = group.error[:, -1], group.error.min(axis=1), group.training_loss[:, -1], group.validation_loss[:, -1]
         cells = [_mean_and_std(value, digits) for value, digits in zip(values, (2, 2, 4, 4), strict=True)]
         rows.append((group.label, str(len(group.error)), *cells, f'{last} of {of}' if last < of else f'{last}'))
+    return _aligned(rows)
+
+
+def differences(groups: Sequence[Curves]) -> str:
+    """Make the table of differences after the last epoch, paired by seed: mean and its standard error.
+
+    It has a row for each two configurations that share two seeds or more and have reached the same epoch.
+    """
+    header = 'difference, mean ± standard error', 'n', 'error (points)', 'training loss', 'validation loss'
+    rows: list[tuple[str, ...]] = [header]
+    for first, second in combinations(groups, 2):
+        seeds = [seed for seed in first.seeds if seed in second.seeds]
+        if len(seeds) < 2 or first.epochs[-1] != second.epochs[-1]:
+            continue
+        cells = []
+        for column, digits in (('error', 2), ('training_loss', 4), ('validation_loss', 4)):
+            ours, theirs = (
+                getattr(group, column)[[group.seeds.index(seed) for seed in seeds], -1] for group in (second, first)
+            )
+            error = (ours - theirs).std(ddof=1) / len(seeds) ** 0.5
+            cells.append(f'{(ours - theirs).mean():+.{digits}f} ± {error:.{digits}f}')
+        rows.append((f'{second.label} - {first.label}', str(len(seeds)), *cells))
+    return _aligned(rows) if len(rows) > 1 else ''
+
+
+def _aligned(rows: Sequence[tuple[str, ...]]) -> str:
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return '\n'.join(
         '  '.join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
