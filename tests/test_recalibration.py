@@ -6,6 +6,7 @@ import timm
 import torch
 import torch.nn as nn
 from timm.layers import convert_sync_batchnorm
+from torch.optim.swa_utils import update_bn
 
 from timm_msar import MultiScaleRecalibration
 
@@ -170,6 +171,19 @@ def test_a_batch_of_one_trains_on_running_statistics():
     assert not torch.equal(layer.scale['4'].bn1.running_mean, torch.zeros(2))
     out.sum().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in layer.parameters())
+
+
+def test_statistics_are_averaged_over_all_batches_for_averaged_weights():
+    """After averaging weights over training (SWA), PyTorch sets the momentum of each norm to None for a while."""
+    layer = layer_of(channels=6)
+    norms = {name: module for name, module in layer.named_modules() if isinstance(module, nn.BatchNorm1d)}
+    seen = {name: [] for name in norms}
+    for name, norm in norms.items():
+        norm.register_forward_hook(lambda _, inputs, __, name=name: seen[name].append(inputs[0].mean(0)))
+    update_bn([torch.randn(4, 6, 8, 8) for _ in range(5)], layer)
+    for name, norm in norms.items():
+        torch.testing.assert_close(norm.running_mean, torch.stack(seen[name]).mean(0))
+        assert norm.momentum == 0.1
 
 
 def test_weights_do_not_depend_on_how_many_scales_there_are():

@@ -65,12 +65,13 @@ def _batch_norm(
 class GateNorm(nn.BatchNorm1d):
     """The BN in σ1 and σ2. In training, a single row is normalised by the running statistics."""
 
-    momentum: float  # nn.BatchNorm1d would take None too
-
     def forward(self, y: Tensor) -> Tensor:
         """Normalise rows (N, C)."""
+        momentum = 0.0 if self.momentum is None else self.momentum
         if self.training and self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)
+            if self.momentum is None:  # averages over all batches, for torch.optim.swa_utils.update_bn
+                momentum = 1.0 / float(self.num_batches_tracked)
         return _batch_norm(
             y,
             self.running_mean,
@@ -78,7 +79,7 @@ class GateNorm(nn.BatchNorm1d):
             self.weight,
             self.bias,
             self.training,
-            self.momentum,
+            momentum,
             self.eps,
         )
 

@@ -162,11 +162,9 @@ def recalibrate(x: Tensor, z: list[Tensor], scales: list[int], matrix: Tensor | 
     if not channels_last:
         gates, dim = gates.permute(0, 3, 1, 2).contiguous(), 2
     gates = repeat(gates, dim + 1, width)
-    if torch.is_grad_enabled():
-        gates = repeat(gates, dim, height)
-        return x * (gates.permute(0, 3, 1, 2) if channels_last else gates)
-    # This saves a pass, but the result is a view. Under autograd that would hide the gradient from hooks on it where a
-    # block adds to it in place, as timm's do.
     cube = x.permute(0, 2, 3, 1) if channels_last else x
     cube = (cube.unflatten(dim, (k, height // k)) * gates.unsqueeze(dim + 1)).flatten(dim, dim + 1)
-    return cube.permute(0, 3, 1, 2) if channels_last else cube
+    cube = cube.permute(0, 3, 1, 2) if channels_last else cube
+    # Blocks add to the result in place. Under autograd that would hide the gradient of a view from hooks on it, and
+    # this view of the whole is no view to autograd.
+    return torch.unsafe_chunk(cube, 1, dim=1)[0] if torch.is_grad_enabled() else cube
