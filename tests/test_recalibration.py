@@ -6,6 +6,7 @@ import timm
 import torch
 import torch.nn as nn
 from timm.layers import convert_sync_batchnorm
+from timm.utils import reparameterize_model
 from torch.optim.swa_utils import update_bn
 
 from timm_msar import MultiScaleRecalibration
@@ -198,6 +199,17 @@ def test_weights_do_not_depend_on_how_many_scales_there_are():
 def test_the_keys_that_published_weights_depend_on():
     keys = [k for k in MultiScaleRecalibration(8, scales=(1, 4)).state_dict() if k.endswith('weight')]
     assert keys == [f'scale.{k}.{m}.weight' for k in (1, 4) for m in ('fc1', 'bn1', 'fc2', 'bn2')]
+
+
+@pytest.mark.parametrize('convert', [lambda layer: layer, convert_sync_batchnorm])
+def test_norms_are_folded_by_timm(convert):
+    model = nn.Sequential(convert(layer_of(channels=6)))
+    folded = reparameterize_model(model)  # validate.py --reparam calls it in train mode
+    x = torch.randn(3, 6, 14, 14)
+    expected = model.eval()(x)
+    torch.testing.assert_close(folded.eval()(x), expected)
+    torch.testing.assert_close(torch.jit.script(reparameterize_model(folded))(x), expected)
+    assert not any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in folded.modules())
 
 
 def test_every_norm_is_converted_to_sync_batch_norm():

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from timm.layers import create_act_layer, get_act_layer
 from timm.models import register_notrace_module
 from torch import Tensor
+from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from .regions import average, recalibrate, region_matrix, regional_means, sliding_means
 
@@ -104,18 +105,27 @@ class Gate(nn.Module):
         dd = {'device': device, 'dtype': dtype}
         super().__init__()
         self.fc1 = nn.Conv2d(source_channels, rd_channels, kernel_size=1, bias=False, **dd)
-        self.bn1 = GateNorm(rd_channels, **dd)
+        self.bn1: nn.Module = GateNorm(rd_channels, **dd)
         self.act = create_act_layer(act_layer, inplace=True)
         self.fc2 = nn.Conv2d(rd_channels, channels, kernel_size=1, bias=False, **dd)
-        self.bn2 = GateNorm(channels, **dd)
+        self.bn2: nn.Module = GateNorm(channels, **dd)
         self.gate = create_act_layer(gate_layer)
 
     def forward(self, y: Tensor) -> Tensor:
         """Map means y of n regions, (B, n, source_channels), to gates z, (B, n, channels)."""
         rows = y.flatten(0, 1)
-        rows = self.act(self.bn1(F.linear(rows, self.fc1.weight.flatten(1))))
-        rows = self.gate(self.bn2(F.linear(rows, self.fc2.weight.flatten(1))))
+        rows = self.act(self.bn1(F.linear(rows, self.fc1.weight.flatten(1), self.fc1.bias)))
+        rows = self.gate(self.bn2(F.linear(rows, self.fc2.weight.flatten(1), self.fc2.bias)))
         return rows.view(y.shape[0], y.shape[1], rows.shape[1])
+
+    def reparameterize(self) -> None:
+        """Fold both norms into the linear maps, for inference only: `timm.utils.reparameterize_model` calls this."""
+        for fc, bn in ((self.fc1, self.bn1), (self.fc2, self.bn2)):
+            if isinstance(bn, nn.modules.batchnorm._BatchNorm):  # else it was done before
+                assert bn.running_mean is not None and bn.running_var is not None
+                statistics = bn.running_mean, bn.running_var, bn.eps
+                fc.weight, fc.bias = fuse_conv_bn_weights(fc.weight, fc.bias, *statistics, bn.weight, bn.bias)
+        self.bn1 = self.bn2 = nn.Identity()
 
 
 @register_notrace_module
