@@ -108,22 +108,23 @@ def test_other_arguments_make_another_configuration(tmp_path):
     ]
 
 
-def test_differences_are_paired_by_seed(three_seeds, tmp_path, capsys):
+def test_differences_have_the_standard_error_of_independent_runs(three_seeds, tmp_path, capsys):
     plain = [
         make_run(tmp_path / 'plain 1', [80.0, 88.0, 91.0], model='cifar_resnet20', seed=1),
-        make_run(tmp_path / 'plain 7', [80.0, 88.0, 50.0], model='cifar_resnet20', seed=7),
         make_run(tmp_path / 'plain 0', [70.0, 88.0, 87.0], model='cifar_resnet20', seed=0),
     ]
     run(*three_seeds, *plain, '--output', tmp_path / 'curves.png')
-    # seed 0: 13 - 10 = 3; seed 1: 9 - 8 = 1; mean 2, std sqrt(2), so standard error 1
-    line = 'cifar_resnet20 - cifar_resnet20_msar  2  +2.00 ± 1.00  +0.0200 ± 0.0100  +0.0400 ± 0.0200'
+    # errors 9 and 13, mean 11, variance 8; 10, 8 and 6, mean 8, variance 4: 11 - 8 = 3 and sqrt(8/2 + 4/3) = 2.31
+    line = 'cifar_resnet20 - cifar_resnet20_msar 2, 3 +3.00 ± 2.31 +0.0300 ± 0.0231 +0.0600 ± 0.0462'
     (found,) = [row for row in capsys.readouterr().out.splitlines() if row.startswith('cifar_resnet20 - ')]
     assert found.split() == line.split()
 
-    # neither one common seed nor another last epoch makes a pair
-    assert curves.differences(curves.read_runs([*three_seeds, *plain[:2]])) == ''
-    short = [make_run(tmp_path / f'short {seed}', [80.0], epochs=3, seed=seed, lr=0.2) for seed in range(3)]
+    # neither a single run, nor runs of another length, nor unfinished ones are compared
+    assert curves.differences(curves.read_runs([*three_seeds, plain[0]])) == ''
+    short = [make_run(tmp_path / f'short {seed}', [80.0], seed=seed, lr=0.2) for seed in range(3)]
     assert curves.differences(curves.read_runs([*three_seeds, *short])) == ''
+    cut = [make_run(tmp_path / f'cut {seed}', [80.0, 80.0, 80.0], epochs=9, seed=seed) for seed in range(3)]
+    assert curves.differences(curves.read_runs([*three_seeds, *cut])) == ''
 
 
 @pytest.mark.parametrize('regime', ['few', 'all'])

@@ -180,10 +180,13 @@ def test_statistics_are_averaged_over_all_batches_for_averaged_weights():
     norms = {name: module for name, module in layer.named_modules() if isinstance(module, nn.BatchNorm1d)}
     seen = {name: [] for name in norms}
     for name, norm in norms.items():
-        norm.register_forward_hook(lambda _, inputs, __, name=name: seen[name].append(inputs[0].mean(0)))
-    update_bn([torch.randn(4, 6, 8, 8) for _ in range(5)], layer)
+        norm.register_forward_hook(lambda _, inputs, __, name=name: seen[name].append(inputs[0]))
+    update_bn([torch.randn(batch, 6, 8, 8) for batch in (1, 4, 4, 1, 4)], layer)
     for name, norm in norms.items():
-        torch.testing.assert_close(norm.running_mean, torch.stack(seen[name]).mean(0))
+        used = [rows for rows in seen[name] if len(rows) > 1]  # one row has no variance
+        assert len(used) == (3 if name.startswith('scale.1') else 5)
+        torch.testing.assert_close(norm.running_mean, torch.stack([rows.mean(0) for rows in used]).mean(0))
+        torch.testing.assert_close(norm.running_var, torch.stack([rows.var(0) for rows in used]).mean(0))
         assert norm.momentum == 0.1
 
 
@@ -210,6 +213,13 @@ def test_norms_are_folded_by_timm(convert):
     torch.testing.assert_close(folded.eval()(x), expected)
     torch.testing.assert_close(torch.jit.script(reparameterize_model(folded))(x), expected)
     assert not any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in folded.modules())
+
+
+def test_what_is_no_batch_norm_is_not_folded():
+    layer = layer_of(channels=6)
+    layer.scale['2'].bn1, layer.scale['4'].bn2 = nn.LayerNorm(2), nn.BatchNorm1d(6, track_running_stats=False)
+    x = torch.randn(3, 6, 14, 14)
+    torch.testing.assert_close(reparameterize_model(nn.Sequential(layer)).eval()(x), layer.eval()(x))
 
 
 def test_every_norm_is_converted_to_sync_batch_norm():

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from timm.models import load_checkpoint
 from timm.optim import create_optimizer_v2
+from timm.utils import reparameterize_model
 
 from timm_msar import MultiScaleRecalibration, start_from_plain
 
@@ -116,6 +117,14 @@ def test_timms_own_resnets_start_from_plain_weights(name):
     model = timm.create_model(name, num_classes=5, block_args={'attn_layer': MultiScaleRecalibration}).eval()
     start_from_plain(model, source.state_dict())
     x = torch.randn(2, 3, 96, 96)
+    assert torch.equal(model(x), source(x))
+
+
+def test_a_network_with_folded_norms_starts_too():
+    source = plain('resnet18_msar')
+    model = reparameterize_model(timm.create_model('resnet18_msar')).eval()
+    start_from_plain(model, source.state_dict())
+    x = torch.randn(2, 3, 64, 64)
     assert torch.equal(model(x), source(x))
 
 

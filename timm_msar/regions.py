@@ -165,6 +165,9 @@ def recalibrate(x: Tensor, z: list[Tensor], scales: list[int], matrix: Tensor | 
     cube = x.permute(0, 2, 3, 1) if channels_last else x
     cube = (cube.unflatten(dim, (k, height // k)) * gates.unsqueeze(dim + 1)).flatten(dim, dim + 1)
     cube = cube.permute(0, 3, 1, 2) if channels_last else cube
+    if torch.jit.is_scripting():
+        return cube
     # Blocks add to the result in place. Under autograd that would hide the gradient of a view from hooks on it, and
-    # this view of the whole is no view to autograd.
-    return torch.unsafe_chunk(cube, 1, dim=1)[0] if torch.is_grad_enabled() else cube
+    # this view of the whole is no view to autograd. A program that was exported has no hooks.
+    hooked = torch.is_grad_enabled() and not torch.compiler.is_exporting()
+    return torch.unsafe_chunk(cube, 1, dim=1)[0] if hooked else cube

@@ -4,7 +4,8 @@ Runs are averaged where everything in their args.yaml is the same but the seed a
 logging, workers …), and only over the epochs that all of them have reached. The band is one standard deviation (of the
 sample: divided by n - 1) to both sides. An error is 100 - eval_top1, in percent.
 
-Two configurations with seeds in common are compared seed by seed: the same seed draws the same order of the images.
+A difference of two configurations has the standard error √(s²/n + s'²/n') of independent runs. The same seed does not
+pair them: networks with other weights leave the generator elsewhere, so that their images come in another order.
 """
 
 import argparse
@@ -34,7 +35,6 @@ class Curves:
     """The runs of one configuration: one row per seed, one column per epoch."""
 
     label: str
-    seeds: list[Any]
     epochs: np.ndarray
     training_loss: np.ndarray
     validation_loss: np.ndarray
@@ -96,7 +96,7 @@ def read_runs(runs: Sequence[Path]) -> list[Curves]:
             )
         group[seed] = run
     return [
-        _together(label, group, epochs)
+        _together(label, list(group.values()), epochs)
         for label, group, epochs in zip(_labels(settings), members, planned, strict=True)
     ]
 
@@ -118,8 +118,7 @@ def _labels(settings: Sequence[dict[str, str]]) -> list[str]:
     return labels
 
 
-def _together(label: str, members: dict[Any, Path], planned_epochs: int) -> Curves:
-    runs = list(members.values())
+def _together(label: str, runs: Sequence[Path], planned_epochs: int) -> Curves:
     summaries = [{row['epoch']: row for row in read_summary(run / 'summary.csv')} for run in runs]
     epochs = sorted(set.intersection(*map(set, summaries)))
     if not epochs:
@@ -132,7 +131,7 @@ def _together(label: str, members: dict[Any, Path], planned_epochs: int) -> Curv
             raise CommandError(f'a run of {label} was not validated, so it has no error to draw') from error
 
     losses = values('train_loss'), values('eval_loss')
-    return Curves(label, list(members), np.array(epochs) + 1, *losses, 100 - values('eval_top1'), planned_epochs)
+    return Curves(label, np.array(epochs) + 1, *losses, 100 - values('eval_top1'), planned_epochs)
 
 
 def table(groups: Sequence[Curves]) -> str:
@@ -148,24 +147,24 @@ def table(groups: Sequence[Curves]) -> str:
 
 
 def differences(groups: Sequence[Curves]) -> str:
-    """Make the table of differences after the last epoch, paired by seed: mean and its standard error.
+    """Make the table of differences after the last epoch, mean and standard error of independent runs.
 
-    It has a row for each two configurations that share two seeds or more and have reached the same epoch.
+    It has a row for each two configurations of two runs or more that have ended after the same number of epochs.
     """
-    header = 'difference, mean ± standard error', 'n', 'error (points)', 'training loss', 'validation loss'
-    rows: list[tuple[str, ...]] = [header]
-    for first, second in combinations(groups, 2):
-        seeds = [seed for seed in first.seeds if seed in second.seeds]
-        if len(seeds) < 2 or first.epochs[-1] != second.epochs[-1]:
+    rows: list[tuple[str, ...]] = [
+        ('difference, mean ± standard error', 'n', 'error (points)', 'training loss', 'validation loss')
+    ]
+    ended = [group for group in groups if len(group.error) > 1 and group.epochs[-1] >= group.planned_epochs]
+    for first, second in combinations(ended, 2):
+        if first.epochs[-1] != second.epochs[-1]:
             continue
         cells = []
         for column, digits in (('error', 2), ('training_loss', 4), ('validation_loss', 4)):
-            ours, theirs = (
-                getattr(group, column)[[group.seeds.index(seed) for seed in seeds], -1] for group in (second, first)
-            )
-            error = (ours - theirs).std(ddof=1) / len(seeds) ** 0.5
-            cells.append(f'{(ours - theirs).mean():+.{digits}f} ± {error:.{digits}f}')
-        rows.append((f'{second.label} - {first.label}', str(len(seeds)), *cells))
+            ours, theirs = getattr(second, column)[:, -1], getattr(first, column)[:, -1]
+            error = (ours.var(ddof=1) / len(ours) + theirs.var(ddof=1) / len(theirs)) ** 0.5
+            cells.append(f'{ours.mean() - theirs.mean():+.{digits}f} ± {error:.{digits}f}')
+        number = f'{len(second.error)}, {len(first.error)}'
+        rows.append((f'{second.label} - {first.label}', number, *cells))
     return _aligned(rows) if len(rows) > 1 else ''
 
 
