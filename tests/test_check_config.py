@@ -13,6 +13,7 @@ parser.add_argument('--lr', type=float, help='learning rate')
 parser.add_argument('--epochs', type=int, help='number of epochs')
 parser.add_argument('--mean', type=float, nargs='+', help='Mean of the pixels')
 parser.add_argument('--scale', type=float, nargs='+', help='Random resize scale')
+parser.add_argument('--color-jitter', type=float, default=0.4, help='Color jitter factor')
 parser.add_argument('--opt', default='sgd', type=str, help='Optimizer')
 parser.add_argument('--sched', type=str, default='cosine', help='LR scheduler')
 parser.add_argument('--amp', action='store_true', help='use mixed precision')
@@ -29,7 +30,7 @@ def check(tmp_path, text):
 
 
 def test_a_config_that_train_py_takes(tmp_path, capsys):
-    text = 'model: cifar_resnet20_msar\nlr: 1e-3\nepochs: null\nscale: [0.6, 1]\namp: true\n'
+    text = 'model: cifar_resnet20_msar\nlr: 1e-3\nepochs: null\ncolor_jitter: null\nscale: [0.6, 1]\namp: true\n'
     text += 'opt: lookahead_fusedlamb\nsched: multistep\nmodel_kwargs: {scales: [1]}'
     assert check(tmp_path, text) == 0
     assert 'config.yaml: train.py takes every key' in capsys.readouterr().out

@@ -88,8 +88,8 @@ def unknown(config: dict[str, Any], parser: argparse.ArgumentParser) -> list[str
 
 def _takes(action: argparse.Action, value: Any) -> bool:
     """Whether a value from a file is of the type that the option gives from the command line."""
-    if value is None:
-        return action.default is None
+    if value is None:  # timm's transforms take no colour jitter for none, but its option has a default
+        return action.default is None or action.dest == 'color_jitter'
     if action.nargs == 0:
         return isinstance(value, bool)
     if isinstance(action, ParseKwargs):
