@@ -423,7 +423,8 @@ def test_numbers_that_no_layer_can_have():
 
 
 START = """
-import sys, timm_msar_command
+import signal, sys, timm_msar_command
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it, and hand that on
 print('started', flush=True)
 sys.exit(timm_msar_command.main())
 """
