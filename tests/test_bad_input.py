@@ -439,9 +439,8 @@ def start(*words, **env):
 
 
 def test_a_closed_pipe_a_terminal_of_ascii_and_control_c():
-    stopped = start('costs')
-    stopped.send_signal(signal.SIGINT)  # at once: on a busy machine it ends while others start
-    closed = start('costs')
+    stopped, closed = start('costs'), start('costs')  # the second start leaves the first time to reach its import
+    stopped.send_signal(signal.SIGINT)
     closed.stdout.close()
     ascii_ = start('check-config', '±.py', 'x', PYTHONIOENCODING='ascii')
     assert stopped.communicate()[1] == b'' and stopped.returncode == -signal.SIGINT
