@@ -14,6 +14,7 @@ from timm_msar.cli import curves
 from timm_msar.cli.errors import CommandError
 
 ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / 'docs' / 'results'
 
 
 def run(*words):
@@ -127,10 +128,9 @@ def test_differences_have_the_standard_error_of_independent_runs(three_seeds, tm
     assert curves.differences(curves.read_runs([*three_seeds, *cut])) == ''
 
 
-@pytest.mark.parametrize('regime', ['few', 'all'])
+@pytest.mark.parametrize('regime', sorted({path.name.partition('-')[0] for path in RESULTS.iterdir()}))
 def test_the_tables_of_our_own_results_are_printed_from_their_files(regime, tmp_path, capsys):
-    results = ROOT / 'docs' / 'results'
-    run(*sorted(results.glob(f'{regime}-*')), '--output', tmp_path / 'curves.png')
+    run(*sorted(RESULTS.glob(f'{regime}-*')), '--output', tmp_path / 'curves.png')
     tables = capsys.readouterr().out.partition('\ndrawn in')[0].strip()
     assert f'```\n{tables}\n```' in (ROOT / 'docs' / 'results.md').read_text(encoding='utf-8')
 

@@ -69,11 +69,10 @@ class GateNorm(nn.BatchNorm1d):
     def forward(self, y: Tensor) -> Tensor:
         """Normalise rows (N, C)."""
         momentum = 0.0 if self.momentum is None else self.momentum
-        if self.training and self.num_batches_tracked is not None:
-            if self.momentum is not None:
-                self.num_batches_tracked.add_(1)
-            elif y.shape[0] > 1:  # averages over all batches used, for torch.optim.swa_utils.update_bn
-                self.num_batches_tracked.add_(1)
+        counted = self.momentum is not None or y.shape[0] > 1
+        if self.training and self.num_batches_tracked is not None and counted:
+            self.num_batches_tracked.add_(1)
+            if self.momentum is None:  # averages over all batches used, for torch.optim.swa_utils.update_bn
                 momentum = 1.0 / float(self.num_batches_tracked)
         return _batch_norm(
             y,
@@ -125,17 +124,17 @@ class Gate(nn.Module):
 
         Fold in float32 and cast the network after that, or rounding adds up.
         """
-        self.fc1, self.bn1 = _fold(self.fc1, self.bn1)
-        self.fc2, self.bn2 = _fold(self.fc2, self.bn2)
+        self.bn1 = _fold(self.fc1, self.bn1)
+        self.bn2 = _fold(self.fc2, self.bn2)
 
 
-def _fold(fc: nn.Conv2d, bn: nn.Module) -> tuple[nn.Conv2d, nn.Module]:
-    """The convolution with the norm in it, and what is left of the norm. A norm without statistics is left alone."""
-    if not isinstance(bn, nn.modules.batchnorm._BatchNorm) or bn.running_mean is None or bn.running_var is None:
-        return fc, bn
+def _fold(fc: nn.Conv2d, bn: nn.Module) -> nn.Module:
+    """Fold a norm into the convolution before it; return what is left of it. One without statistics is left alone."""
+    if not isinstance(bn, nn.BatchNorm1d | nn.SyncBatchNorm) or bn.running_mean is None or bn.running_var is None:
+        return bn
     statistics = bn.running_mean, bn.running_var, bn.eps
     fc.weight, fc.bias = fuse_conv_bn_weights(fc.weight, fc.bias, *statistics, bn.weight, bn.bias)
-    return fc, nn.Identity()
+    return nn.Identity()
 
 
 @register_notrace_module

@@ -83,8 +83,9 @@ def complete_gates(model: nn.Module, state_dict: dict[str, Tensor], prefix: str,
     for key in doubled:
         state_dict[key] = 2 * state_dict[key]
     for key, value in gates.items():
-        closed = key.endswith(('bn2.weight', 'bn2.bias', 'fc2.bias'))
-        closed |= key.endswith('fc2.weight') and key.replace('weight', 'bias') in gates  # bn2 was folded into it
+        owner = key.rpartition('.')[0]
+        folded = owner.endswith('.fc2') and f'{owner}.bias' in gates  # bn2 is in fc2
+        closed = folded or key.endswith(('bn2.weight', 'bn2.bias'))
         state_dict[key] = torch.zeros_like(value) if closed else value
 
 

@@ -6,7 +6,7 @@ training images that are *stored* padded to 40×40:
 
 * `scale: [0.64, 0.64]`, `ratio: [1.0, 1.0]`: 0.64 · 40² = 32², so each crop is 32×32, at one of the 81 offsets with
   equal probability; resizing 32 to 32 changes no pixel, whatever the interpolation. `hflip: 0.5` flips it, and
-  `color_jitter: null` leaves the colours alone, as 0.0 does, which takes a third of the time of loading.
+  `color_jitter: null` leaves the colours alone, as 0.0 does, which takes a quarter of the time of loading.
 
 Validation images are stored as they are, 32×32. The networks' own data config, 32 px and `crop_pct` 1.0, changes no
 pixel of them, so validate.py needs no option. `tests/test_data.py` compares every pixel of both with the originals.
