@@ -23,12 +23,12 @@ from timm.models import register_notrace_module
 from torch import Tensor
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from .regions import average, recalibrate, region_matrix, regional_means, sliding_means
+from .regions import average, matrix_if_needed, recalibrate, regional_means, sliding_means
 
 __all__ = ['MultiScaleRecalibration']
 
 # These follow the size of the map, which a symbolic tracer does not know: it records a call to them instead.
-torch.fx.wrap('region_matrix')
+torch.fx.wrap('matrix_if_needed')
 torch.fx.wrap('regional_means')
 torch.fx.wrap('sliding_means')
 torch.fx.wrap('recalibrate')
@@ -40,7 +40,7 @@ def _check_scales(scales: Sequence[int]) -> list[int]:
     valid = valid and all(isinstance(k, int) and not isinstance(k, bool) and k > 0 for k in scales)
     if not valid or len(set(scales)) != len(scales):
         raise ValueError(f'scales must be one or more distinct positive integers, such as (1, 2, 4), not {scales!r}.')
-    return list(scales)
+    return sorted(scales)
 
 
 @torch.fx.wrap
@@ -231,8 +231,8 @@ class MultiScaleRecalibration(nn.Module):
         return {k: self.scaled(ones, [z_k], self.regions(x, [k]), [k]) for k, z_k in zip(self.scales, z)}
 
     def regions(self, x: Tensor, scales: list[int]) -> Tensor | None:
-        """What means and gates of a map x have in common, computed once."""
-        return region_matrix(x, scales) if self.strategy == 'regional' else None
+        """The matrix that means and gates of a map x have in common, if they need one."""
+        return matrix_if_needed(x, scales) if self.strategy == 'regional' else None
 
     def z(self, source: Tensor, regions: Tensor | None) -> list[Tensor]:
         """z_K of every scale, Eq. (1), (B, n, channels) at its n = K² regions, or at every position when sliding."""
