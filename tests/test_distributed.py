@@ -18,7 +18,7 @@ from timm.utils import distribute_bn
 from torch.nn.parallel import DistributedDataParallel
 
 import timm_msar
-from timm_msar.recalibration import GateNorm
+from timm_msar.gate import GateNorm
 
 RECIPE = Path(__file__).parents[1] / 'train_configs' / 'cifar_resnet.yaml'
 NETS = ('cifar_resnet20_msar', 'cifar_densenet100_msar')

@@ -215,6 +215,15 @@ def test_norms_are_folded_by_timm(convert):
     assert not any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in folded.modules())
 
 
+@pytest.mark.parametrize('size', [8, 7])
+def test_the_order_of_the_scales_means_nothing(size):
+    layer, other = layer_of(scales=(1, 2, 4)), MultiScaleRecalibration(6, scales=(4, 1, 2)).eval()
+    other.load_state_dict(layer.state_dict())
+    x = torch.randn(2, 6, size, size)
+    torch.testing.assert_close(other(x), layer.eval()(x))
+    assert list(other.gates(x)) == [1, 2, 4]
+
+
 def test_what_is_no_batch_norm_is_not_folded():
     layer = layer_of(channels=6)
     layer.scale['2'].bn1, layer.scale['4'].bn2 = nn.LayerNorm(2), nn.BatchNorm1d(6, track_running_stats=False)

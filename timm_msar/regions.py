@@ -77,13 +77,13 @@ def sliding_means(x: Tensor, scales: list[int]) -> list[Tensor]:
         cols = mean_matrix(windows(width, height * width, scale, wide))
         y = torch.bmm(rows.expand(cube.shape[0], -1, -1), cube)
         y = torch.bmm(y, cols.T.expand(cube.shape[0], -1, -1))
-        means.append(y.unflatten(0, x.shape[:2]).flatten(2).transpose(1, 2).to(x.dtype))
+        means.append(y.view(x.shape).flatten(2).transpose(1, 2).to(x.dtype))
     return means
 
 
 def are_blocks(x: Tensor, scales: list[int]) -> bool:
     """Whether every scale is known to divide the map and the next scale, so that regions are blocks of finer ones."""
-    nested = all([fine % coarse == 0 for coarse, fine in zip(scales, scales[1:])])
+    nested = all([scales[i] % scales[i - 1] == 0 for i in range(1, len(scales))])
     height, width, k = x.shape[2], x.shape[3], scales[-1]
     return nested and is_known(height % k == 0) and is_known(width % k == 0) and is_known(height * width > 0)
 
@@ -119,14 +119,6 @@ def regional_means(x: Tensor, scales: list[int], matrix: Tensor | None) -> list[
         x = F.avg_pool2d(x, size) if k > 1 else x.mean((2, 3), keepdim=True)
         means.insert(0, x.permute(0, 2, 3, 1).flatten(1, 2))
     return means
-
-
-def average(z: list[Tensor]) -> Tensor:
-    """1/L · Σ_K z_K of tensors that can be added by broadcasting."""
-    total = z[0]
-    for z_k in z[1:]:
-        total = total + z_k
-    return total / len(z)
 
 
 def recalibrate(x: Tensor, z: list[Tensor], scales: list[int], matrix: Tensor | None) -> Tensor:

@@ -6,7 +6,7 @@ import torch
 import torch.nn as nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..recalibration import Gate
+from ..gate import Gate
 
 
 def multiply_adds(
