@@ -143,9 +143,10 @@ def recalibrate(x: Tensor, z: list[Tensor], scales: list[int], matrix: Tensor | 
     # Spread along the width only: an operator broadcasts along the height, but is slow where it does both.
     dim = 1 if channels_last else 2
     gates = gates if channels_last else gates.permute(0, 3, 1, 2)
-    gates = gates.repeat_interleave(width // k, dim + 1).unsqueeze(dim + 1)
+    if k not in (1, width):
+        gates = gates.repeat_interleave(width // k, dim + 1)
     cube = x.permute(0, 2, 3, 1) if channels_last else x
-    cube = (cube.unflatten(dim, (k, height // k)) * gates).flatten(dim, dim + 1)
+    cube = (cube.unflatten(dim, (k, height // k)) * gates.unsqueeze(dim + 1)).flatten(dim, dim + 1)
     cube = cube.permute(0, 3, 1, 2) if channels_last else cube
     if torch.jit.is_scripting():
         return cube
