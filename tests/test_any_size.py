@@ -95,6 +95,15 @@ def test_compiled_for_seven_sizes_with_four_graphs_at_most():
     assert len(graphs) <= 4
 
 
+@pytest.mark.parametrize('dynamic', [True, False])
+def test_compiled_for_a_map_smaller_than_the_scale(dynamic):
+    """Empty regions would count in the norms' statistics."""
+    layer, x = MultiScaleRecalibration(6, scales=(2, 7)), torch.randn(4, 6, 3, 5)
+    torch.compiler.reset()
+    compiled = torch.compile(layer, fullgraph=True, dynamic=dynamic, backend='eager')
+    torch.testing.assert_close(compiled(x), layer(x))
+
+
 @pytest.mark.parametrize('training', [True, False])
 def test_traced_symbolically(training):
     model = network().train(training)

@@ -24,7 +24,10 @@ def _batch_norm(
     One row has no variance, so PyTorch raises in training. It happens at scale 1 with a batch of one image, which is
     how detection and segmentation networks are fine-tuned.
     """
-    training = running_mean is None or (training and y.shape[0] > 1)
+    if running_mean is None:
+        training = True
+    elif training and y.shape[0] < 2:
+        training = False
     return F.batch_norm(y, running_mean, running_var, weight, bias, training, momentum, eps)
 
 

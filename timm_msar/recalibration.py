@@ -22,7 +22,8 @@ from timm.models import register_notrace_module
 from torch import Tensor
 
 from .gate import Gate
-from .regions import matrix_if_needed, recalibrate, regional_means, sliding_means
+from .regions import matrix_if_needed, recalibrate, regional_means
+from .windows import sliding_means
 
 __all__ = ['MultiScaleRecalibration']
 

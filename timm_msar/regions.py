@@ -1,4 +1,4 @@
-"""The coordinate sets S_K of Section 3.2: means over them, and gates back from them to positions.
+"""The regions of Section 3.2: means over them, and gates back from them to positions.
 
 Along an axis of `size` positions, position p is in region ⌊p·K/size⌋ of scale K. The regions are a true partition.
 (Adaptive average pooling is not: where K does not divide the size, its bins overlap.) With R[i, p] = 1 where position p
@@ -9,8 +9,6 @@ is in region i, else 0, and with R̄, the rows of R divided by their sums,
 is the definition, for every size. Here it is written with the positions of x in one row, as (R ⊗ R) x, so that one
 matrix holds the regions of every scale. It also is what runs where sizes are symbols, when a network is traced or
 exported. Where every scale divides the map and the next scale, regions are blocks of memory, and need no matrix.
-
-A sliding window has another R, with a row for each position: R[p, q] = 1 where |p - q| ≤ √(H·W)/K.
 """
 
 import torch
@@ -50,35 +48,13 @@ def regions(size: int, scale: int, x: Tensor) -> Tensor:
         starts = [(i * size + k - 1) // k for i in range(k + 1)]
         eye = torch.eye(k, dtype=x.dtype, device=x.device)
         return torch.cat([eye[:, i : i + 1].expand(k, starts[i + 1] - starts[i]) for i in range(k)], 1)
-    region = torch.arange(size, device=x.device) * scale // size
+    region = torch.arange(size, device=x.device) * k // size
     return (region == torch.arange(k, device=x.device)[:, None]).to(x.dtype)
-
-
-def windows(size: int, area: int, scale: int, x: Tensor) -> Tensor:
-    """R of the windows along an axis of a map of H·W = `area` positions, (size, size), of 0 and 1."""
-    position = torch.arange(size, device=x.device)
-    distance = position - position[:, None]
-    return (distance * distance * scale**2 <= area).to(x.dtype)  # |p - q| ≤ √(H·W)/K, in whole numbers
 
 
 def mean_matrix(matrix: Tensor) -> Tensor:
     """R̄ of R: each row divided by its sum; an empty region stays 0."""
     return matrix / matrix.sum(1, keepdim=True).clamp(min=1)
-
-
-def sliding_means(x: Tensor, scales: list[int]) -> list[Tensor]:
-    """y of x, (B, C, H, W), over the window around each position, as (B, H·W, C), for every scale."""
-    means: list[Tensor] = []
-    height, width = x.shape[2], x.shape[3]
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    cube = wide.flatten(0, 1)
-    for scale in scales:
-        rows = mean_matrix(windows(height, height * width, scale, wide))
-        cols = mean_matrix(windows(width, height * width, scale, wide))
-        y = torch.bmm(rows.expand(cube.shape[0], -1, -1), cube)
-        y = torch.bmm(y, cols.T.expand(cube.shape[0], -1, -1))
-        means.append(y.view(x.shape).flatten(2).transpose(1, 2).to(x.dtype))
-    return means
 
 
 def are_blocks(x: Tensor, scales: list[int]) -> bool:

@@ -1,8 +1,9 @@
 """Time the ImageNet networks next to timm's plain and SE ones, in turn, and print medians.
 
-A time on a shared machine says little. The ratio of two that were taken in turn, many times, says more: a round times
-every network once, and the figures are medians over the rounds. Two more columns are counted: the bytes that a
-training step keeps for its backward pass, and the operators of a forward pass in evaluation, each a launch on a GPU.
+A time on a shared machine says little. The ratio of two that were taken one after the other, many times, says more: a
+round times every network once, and a ratio is the median of the ratios within the rounds. Two more columns are counted:
+the bytes that a training step keeps for its backward pass, and the operators of a forward pass in evaluation, each a
+launch on a GPU.
 """
 
 import argparse
@@ -10,6 +11,7 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
+from operator import truediv
 from statistics import median
 from typing import Any
 
@@ -107,7 +109,7 @@ def main(args: argparse.Namespace) -> None:
         members = [next(rows) for _ in group]
         for one in members:
             times = zip((one.inference, one.training), (members[1].inference, members[1].training))
-            cells = [f'{1e3 * median(own):.1f} | {median(own) / median(se):.2f}' for own, se in times]
+            cells = [f'{1e3 * median(own):.1f} | {median(map(truediv, own, se)):.2f}' for own, se in times]
             print('|', ' | '.join([one.name, *cells, f'{one.memory / 1e6:.0f}', str(one.operators)]), '|')
 
 
@@ -171,15 +173,17 @@ def measure(contestants: list[Contestant], images: Tensor, rounds: int) -> None:
         rounds: Rounds that count.
     """
     for number in tqdm(range(rounds + 1), desc='Timing', unit=' rounds'):
-        for one in contestants:
-            if number == 0:  # also allocates, chooses kernels and compiles
-                one.infer(images)
+        if number == 0:
+            for one in contestants:
+                one.infer(images)  # also allocates, chooses kernels and compiles
                 one.train(images)
                 one.memory = kept_for_backward(one, images)
                 one.operators = operators(one.eager, images[:1])
-            else:
-                one.inference.append(_seconds(one.infer, images))
-                one.training.append(_seconds(one.train, images))
+            continue
+        for one in contestants:
+            one.inference.append(_seconds(one.infer, images))
+        for one in contestants:
+            one.training.append(_seconds(one.train, images))
 
 
 def kept_for_backward(one: Contestant, images: Tensor) -> int:
