@@ -161,6 +161,12 @@ def test_half_precision_does_not_overflow_in_large_regions():
     assert layer(torch.full((1, 4, 56, 56), 100.0, dtype=torch.float16)).isfinite().all()
 
 
+def test_half_precision_counts_more_positions_than_it_has_numbers_for():
+    layer = layer_of(channels=4).half().eval()
+    large, small = (layer(torch.ones(1, 4, size, size, dtype=torch.float16)) for size in (257, 7))
+    torch.testing.assert_close(large[..., :1, :1], small[..., :1, :1], rtol=5e-3, atol=0)
+
+
 def test_a_batch_of_one_trains_on_running_statistics():
     layer = layer_of().train()
     x = torch.randn(1, 6, 8, 8)

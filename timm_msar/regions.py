@@ -54,7 +54,8 @@ def regions(size: int, scale: int, x: Tensor) -> Tensor:
 
 def mean_matrix(matrix: Tensor) -> Tensor:
     """R̄ of R: each row divided by its sum; an empty region stays 0."""
-    return matrix / matrix.sum(1, keepdim=True).clamp(min=1)
+    lengths = matrix.float().sum(1, keepdim=True).clamp(min=1)  # float16 ends at 65,504 positions
+    return (matrix / lengths).to(matrix.dtype)
 
 
 def are_blocks(x: Tensor, scales: list[int]) -> bool:
