@@ -84,13 +84,11 @@ def matrix_if_needed(x: Tensor, scales: list[int]) -> Tensor | None:
 
 def regional_means(x: Tensor, scales: list[int], matrix: Tensor | None) -> list[Tensor]:
     """y of x, (B, C, H, W), over the regions of every scale K, as (B, n, C) for its n = K² regions or fewer."""
-    means: list[Tensor] = []
     if matrix is not None:
         rows = mean_matrix(matrix).expand(x.shape[0], -1, -1)
         y = torch.bmm(rows, x.flatten(2).transpose(1, 2))
-        for part in y.split([count(x.shape[2], k) * count(x.shape[3], k) for k in scales], dim=1):
-            means.append(part)
-        return means
+        return list(y.split([count(x.shape[2], k) * count(x.shape[3], k) for k in scales], dim=1))
+    means: list[Tensor] = []
     for k in scales[::-1]:  # coarse means are means of finer ones
         size = [x.shape[2] // k, x.shape[3] // k]
         x = F.avg_pool2d(x, size) if k > 1 else x.mean((2, 3), keepdim=True)
