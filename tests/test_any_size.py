@@ -95,13 +95,16 @@ def test_compiled_for_seven_sizes_with_four_graphs_at_most():
     assert len(graphs) <= 4
 
 
-@pytest.mark.parametrize('dynamic', [True, False])
-def test_compiled_for_a_map_smaller_than_the_scale(dynamic):
-    """Empty regions would count in the norms' statistics."""
-    layer, x = MultiScaleRecalibration(6, scales=(2, 7)), torch.randn(4, 6, 3, 5)
+@pytest.mark.parametrize('dynamic', [True, False, None])
+@pytest.mark.parametrize('scales', [(1, 2, 4), (2, 7)], ids=str)
+def test_compiled_in_training_for_changing_sizes(dynamic, scales):
+    """Empty regions, of maps smaller than the scale, would count in the norms' statistics."""
+    layer = MultiScaleRecalibration(6, scales=scales)
     torch.compiler.reset()
     compiled = torch.compile(layer, fullgraph=True, dynamic=dynamic, backend='eager')
-    torch.testing.assert_close(compiled(x), layer(x))
+    for batch, height, width in ((4, 3, 5), (4, 8, 8), (3, 14, 14), (2, 9, 12)):
+        x = torch.randn(batch, 6, height, width)
+        torch.testing.assert_close(compiled(x), layer(x))
 
 
 @pytest.mark.parametrize('training', [True, False])

@@ -89,7 +89,7 @@ def test_table_gives_medians_of_times_and_of_ratios_to_timms_se_network_within_a
     monkeypatch.setattr('timm_msar.cli.speed.measure', measured)
     assert cli.main(['speed', 'resnet18_msar', '--device', 'cpu', '--rounds', '3', '--batch-size', '2']) == 0
     out = capsys.readouterr().out
-    assert 'batch 2, 224 px, float32, channels_last, medians of 3 rounds, on cpu' in out
+    assert 'batch 2, 224 px, float32, channels_last, medians of times and of ratios in 3 rounds, on cpu' in out
     assert '| seresnet18 | 2.0 | 1.00 | 20.0 | 1.00 | 2 | 88 |' in out
     assert '| resnet18_msar | 3.0 | 1.50 | 24.2 | 2.42 | 2 | 88 |' in out
 

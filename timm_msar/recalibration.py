@@ -35,7 +35,7 @@ torch.fx.wrap('recalibrate')
 
 
 def _check_scales(scales: Sequence[int]) -> list[int]:
-    """Return `scales` as a list, raise ValueError where they are not distinct positive integers."""
+    """Return `scales` in ascending order, raise ValueError where they are not distinct positive integers."""
     valid = isinstance(scales, Sequence) and len(scales) > 0
     valid = valid and all(isinstance(k, int) and not isinstance(k, bool) and k > 0 for k in scales)
     if not valid or len(set(scales)) != len(scales):
@@ -51,7 +51,7 @@ class MultiScaleRecalibration(nn.Module):
 
     Args:
         channels: Channels D of the tensor to recalibrate.
-        scales: The scales L. Scale K divides the map into K×K regions, or slides a window of about 2/K its size.
+        scales: The scales L, in any order. K divides the map into K×K regions or slides a window of about 2/K its size.
         rd_ratio: Width of the gates' hidden layer, D' = int(rd_ratio · D / L), at least 1. With 1, the paper's D/L,
             the number of weights does not depend on how many scales there are.
         rd_channels: D' itself, in place of `rd_ratio`.
@@ -137,7 +137,7 @@ class MultiScaleRecalibration(nn.Module):
         return {k: self.scaled(ones, [z_k], self.regions(x, [k]), [k]) for k, z_k in zip(self.scales, z)}
 
     def regions(self, x: Tensor, scales: list[int]) -> Tensor | None:
-        """The matrix that means and gates of a map x have in common, if they need one."""
+        """The matrix that means and gates of a map x have in common; None where the means need none."""
         return matrix_if_needed(x, scales) if self.strategy == 'regional' else None
 
     def z(self, source: Tensor, regions: Tensor | None) -> list[Tensor]:
@@ -155,7 +155,7 @@ class MultiScaleRecalibration(nn.Module):
         return x * torch.stack(z).mean(0).transpose(1, 2).reshape(x.shape)
 
     def forward(self, x: Tensor, source: Tensor | None = None) -> Tensor:
-        """x ⊙ Z, Eq. (2).
+        """x ⊙ Z, Eq. (2). In training, x and source must not be changed in place before the backward pass.
 
         Args:
             x: The tensor to recalibrate, (B, channels, H, W).

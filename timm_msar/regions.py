@@ -8,7 +8,8 @@ is in region i, else 0, and with R̄, the rows of R divided by their sums,
 
 is the definition, for every size. Here it is written with the positions of x in one row, as (R ⊗ R) x, so that one
 matrix holds the regions of every scale. It also is what runs where sizes are symbols, when a network is traced or
-exported. Where every scale divides the map and the next scale, regions are blocks of memory, and need no matrix.
+exported for every size. Where each scale divides the next and the last divides the map, regions are blocks of memory,
+made of the next scale's blocks, and need no matrix.
 """
 
 import torch
@@ -23,7 +24,7 @@ def is_exporting() -> bool:
 
 
 def is_number(size: int) -> bool:
-    """Whether a size is a number, which a program may depend on, and no symbol for the sizes of other maps."""
+    """Whether a size is a number, no symbol for the sizes of other maps. Of an exported program none counts as one."""
     return isinstance(size, int) and not is_exporting()
 
 
@@ -35,8 +36,8 @@ def is_known(condition: bool) -> bool:
 
 
 def count(size: int, scale: int) -> int:
-    """Regions of scale K along an axis: K, but where the size is a number no more than that."""
-    # An empty region would count in the statistics of batch norm. A symbol cannot be compared.
+    """Regions of scale K along an axis: K, but no more than positions, where the size is a number."""
+    # An empty region would count in the statistics of batch norm.
     return min(scale, size) if is_number(size) else scale
 
 
@@ -54,7 +55,7 @@ def regions(size: int, scale: int, x: Tensor) -> Tensor:
 
 def mean_matrix(matrix: Tensor) -> Tensor:
     """R̄ of R: each row divided by its sum; an empty region stays 0."""
-    lengths = matrix.float().sum(1, keepdim=True).clamp(min=1)  # float16 ends at 65,504 positions
+    lengths = matrix.float().sum(1, keepdim=True).clamp(min=1)  # a float16 sum over 65,504 is infinite
     return (matrix / lengths).to(matrix.dtype)
 
 
@@ -78,7 +79,7 @@ def region_matrix(x: Tensor, scales: list[int]) -> Tensor:
 
 
 def matrix_if_needed(x: Tensor, scales: list[int]) -> Tensor | None:
-    """R ⊗ R of all scales, or None where regions are blocks."""
+    """R ⊗ R of all scales, or None where regions are blocks, whose means need no matrix."""
     return None if are_blocks(x, scales) else region_matrix(x, scales)
 
 
@@ -100,10 +101,10 @@ def recalibrate(x: Tensor, z: list[Tensor], scales: list[int], matrix: Tensor | 
     """x ⊙ Z of x, (B, C, H, W), with Z = 1/L · Σ_K z_K of the gates z_K at the regions of every scale K, (B, K², C)."""
     height, width = x.shape[2], x.shape[3]
     channels_last = x.is_contiguous(memory_format=torch.channels_last)
-    if matrix is None and is_exporting():  # onnxruntime is faster with a constant matrix than where it broadcasts
+    if matrix is None and is_exporting():  # a constant there, and onnxruntime multiplies faster than it broadcasts
         matrix = region_matrix(x, scales)
     if matrix is not None:
-        rows, matrix = torch.cat(z, 1), (matrix / len(scales)).expand(x.shape[0], -1, -1)
+        rows, matrix = torch.cat(z, 1) / len(scales), matrix.expand(x.shape[0], -1, -1)
         if channels_last:
             gates = torch.bmm(matrix.transpose(1, 2), rows)
             return x * gates.unflatten(1, (height, width)).permute(0, 3, 1, 2)
@@ -115,7 +116,7 @@ def recalibrate(x: Tensor, z: list[Tensor], scales: list[int], matrix: Tensor | 
         coarse, fine = gates.reshape(-1, 1, k, 1, x.shape[1]), z_k.reshape(-1, n, k, n, x.shape[1])
         k, gates = finer, coarse + fine
     gates = gates.reshape(x.shape[0], k, k, x.shape[1]) / len(scales)
-    # Spread along the width only: an operator broadcasts along the height, but is slow where it does both.
+    # Spread along the width only: the product below broadcasts along the height, and would be slow along both.
     dim = 1 if channels_last else 2
     gates = gates if channels_last else gates.permute(0, 3, 1, 2)
     if k not in (1, width):
@@ -125,6 +126,6 @@ def recalibrate(x: Tensor, z: list[Tensor], scales: list[int], matrix: Tensor | 
     cube = cube.permute(0, 3, 1, 2) if channels_last else cube
     if torch.jit.is_scripting():
         return cube
-    # Blocks add to the result in place. Under autograd that would hide the gradient of a view from hooks on it, and
-    # this view of the whole is no view to autograd.
+    # Residual blocks add to the result in place. Under autograd that would hide the gradient of a view from hooks on
+    # it, and this view of the whole is no view to autograd.
     return torch.unsafe_chunk(cube, 1, dim=1)[0] if torch.is_grad_enabled() else cube

@@ -1,9 +1,9 @@
 """Time the ImageNet networks next to timm's plain and SE ones, in turn, and print medians.
 
-A time on a shared machine says little. The ratio of two that were taken one after the other, many times, says more: a
-round times every network once, and a ratio is the median of the ratios within the rounds. Two more columns are counted:
-the bytes that a training step keeps for its backward pass, and the operators of a forward pass in evaluation, each a
-launch on a GPU.
+A time on a shared machine says little. The ratio of two that were taken shortly after each other, many times, says
+more: a round times the inference of every network, then a training step of each, and a ratio is the median of the
+ratios within the rounds, not that of the medians beside it. Two more columns are counted: the bytes that a training
+step keeps for its backward pass, and the operators of a forward pass in evaluation, each a launch on a GPU.
 """
 
 import argparse
@@ -101,7 +101,7 @@ def main(args: argparse.Namespace) -> None:
 
     setting = f'batch {args.batch_size}, {args.img_size} px, {"bfloat16 autocast" if args.amp else "float32"}'
     setting += f', {"channels_last" if args.channels_last else "contiguous"}{", compiled" if args.compile else ""}'
-    print(f'{setting}, medians of {args.rounds} rounds, on {_where(device)}')
+    print(f'{setting}, medians of times and of ratios in {args.rounds} rounds, on {_where(device)}')
     print('\n| Network | Inference (ms) | to SE | Training step (ms) | to SE | Kept (MB) | Operators |')
     print('|---|--:|--:|--:|--:|--:|--:|')
     rows = iter(contestants)
