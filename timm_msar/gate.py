@@ -1,10 +1,9 @@
 """The recalibration function of Eq. (1): from the means of a region to its gates."""
 
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
 from timm.layers import create_act_layer
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 

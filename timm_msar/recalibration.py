@@ -16,10 +16,9 @@ from collections.abc import Sequence
 from typing import SupportsFloat, SupportsIndex
 
 import torch
-import torch.nn as nn
 from timm.layers import get_act_layer
 from timm.models import register_notrace_module
-from torch import Tensor
+from torch import Tensor, nn
 
 from .gate import Gate
 from .regions import matrix_if_needed, recalibrate, regional_means
