@@ -46,7 +46,7 @@ def test_the_fast_path_is_the_definition(shape, scales, memory_format):
         numbers = [torch.arange(size) * min(k, size) // size for size in shape]
         rows, cols = (F.one_hot(number).double().T for number in numbers)
         expected = mean_matrix(rows) @ x @ mean_matrix(cols).T
-        torch.testing.assert_close(y, expected.flatten(2).transpose(1, 2))
+        torch.testing.assert_close(y.flatten(2), expected.flatten(2))
         average = average + rows.T @ expected @ cols / len(scales)
     for grad in (True, False):
         with torch.set_grad_enabled(grad):

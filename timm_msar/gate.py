@@ -6,6 +6,8 @@ from timm.layers import create_act_layer
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
+from .regions import is_exporting
+
 
 @torch.fx.wrap
 def _batch_norm(
@@ -34,7 +36,7 @@ class GateNorm(nn.BatchNorm1d):
     """The BN in σ1 and σ2. In training, a single row is normalised by the running statistics."""
 
     def forward(self, y: Tensor) -> Tensor:
-        """Normalise rows (N, C)."""
+        """Normalise rows (N, C), or in evaluation maps (B, C, h, w)."""
         momentum = 0.0 if self.momentum is None else self.momentum
         counted = self.momentum is not None or y.shape[0] > 1
         if self.training and self.num_batches_tracked is not None and counted:
@@ -56,8 +58,9 @@ class GateNorm(nn.BatchNorm1d):
 class Gate(nn.Module):
     """The recalibration function of one scale, Eq. (1): two linear maps, normalised, with ReLU and sigmoid.
 
-    Ω1 and Ω2 are kept as 1×1 convolutions, as in timm's SEModule, so that they are initialised like those. On a grid
-    of a few regions the same product is several times faster as a linear map over the rows.
+    Ω1 and Ω2 are 1×1 convolutions, as in timm's SEModule. On a grid of a few regions PyTorch is several times faster
+    with the same product as a linear map over rows, (B·h·w, channels); other runtimes are not, so programs exported for
+    inference have the convolutions, into which they fold the norms.
     """
 
     def __init__(
@@ -80,11 +83,13 @@ class Gate(nn.Module):
         self.gate = create_act_layer(gate_layer)
 
     def forward(self, y: Tensor) -> Tensor:
-        """Map means y of n regions, (B, n, source_channels), to gates z, (B, n, channels)."""
-        rows = y.flatten(0, 1)
+        """Map means y on a grid of regions, (B, source_channels, h, w), to gates z, (B, channels, h, w)."""
+        if is_exporting() and not self.training:
+            return self.gate(self.bn2(self.fc2(self.act(self.bn1(self.fc1(y))))))
+        rows = y.permute(0, 2, 3, 1).flatten(0, 2)
         rows = self.act(self.bn1(F.linear(rows, self.fc1.weight.flatten(1), self.fc1.bias)))
         rows = self.gate(self.bn2(F.linear(rows, self.fc2.weight.flatten(1), self.fc2.bias)))
-        return rows.view(y.shape[0], y.shape[1], rows.shape[1])
+        return rows.view(y.shape[0], y.shape[2], y.shape[3], rows.shape[1]).permute(0, 3, 1, 2)
 
     def reparameterize(self) -> None:
         """Fold both norms into the linear maps, for inference only: `timm.utils.reparameterize_model` calls this.

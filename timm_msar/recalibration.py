@@ -140,18 +140,16 @@ class MultiScaleRecalibration(nn.Module):
         return matrix_if_needed(x, scales) if self.strategy == 'regional' else None
 
     def z(self, source: Tensor, regions: Tensor | None) -> list[Tensor]:
-        """z_K of every scale, Eq. (1), (B, n, channels) at its n = K² regions, or at every position when sliding."""
-        if self.strategy == 'regional':
-            y = regional_means(source, self.scales, regions)
-        else:
-            y = sliding_means(source, self.scales)
+        """z_K of every scale, Eq. (1), at its regions, (B, channels, K, K), or when sliding at every position."""
+        regional = self.strategy == 'regional'
+        y = regional_means(source, self.scales, regions) if regional else sliding_means(source, self.scales)
         return [gate(y[i]) for i, gate in enumerate(self.scale.values())]
 
     def scaled(self, x: Tensor, z: list[Tensor], regions: Tensor | None, scales: list[int]) -> Tensor:
         """x times the mean of z, Eq. (2)."""
         if self.strategy == 'regional':
             return recalibrate(x, z, scales, regions)
-        return x * torch.stack(z).mean(0).transpose(1, 2).reshape(x.shape)
+        return x * torch.stack(z).mean(0)
 
     def forward(self, x: Tensor, source: Tensor | None = None) -> Tensor:
         """x ⊙ Z, Eq. (2). In training, x and source must not be changed in place before the backward pass.

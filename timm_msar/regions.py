@@ -84,36 +84,38 @@ def matrix_if_needed(x: Tensor, scales: list[int]) -> Tensor | None:
 
 
 def regional_means(x: Tensor, scales: list[int], matrix: Tensor | None) -> list[Tensor]:
-    """y of x, (B, C, H, W), over the regions of every scale K, as (B, n, C) for its n = K² regions or fewer."""
+    """y of x, (B, C, H, W), over the regions of every scale K, as (B, C, K, K), or as (B, C, n, 1) of n regions."""
     if matrix is not None:
         rows = mean_matrix(matrix).expand(x.shape[0], -1, -1)
-        y = torch.bmm(rows, x.flatten(2).transpose(1, 2))
-        return list(y.split([count(x.shape[2], k) * count(x.shape[3], k) for k in scales], dim=1))
+        y = torch.bmm(rows, x.flatten(2).transpose(1, 2)).transpose(1, 2)
+        return list(y.unsqueeze(3).split([count(x.shape[2], k) * count(x.shape[3], k) for k in scales], dim=2))
     means: list[Tensor] = []
     for k in scales[::-1]:  # coarse means are means of finer ones
-        size = [x.shape[2] // k, x.shape[3] // k]
-        x = F.avg_pool2d(x, size) if k > 1 else x.mean((2, 3), keepdim=True)
-        means.insert(0, x.permute(0, 2, 3, 1).flatten(1, 2))
+        x = F.avg_pool2d(x, [x.shape[2] // k, x.shape[3] // k]) if k > 1 else x.mean((2, 3), keepdim=True)
+        means.insert(0, x)
     return means
 
 
 def recalibrate(x: Tensor, z: list[Tensor], scales: list[int], matrix: Tensor | None) -> Tensor:
-    """x ⊙ Z of x, (B, C, H, W), with Z = 1/L · Σ_K z_K of the gates z_K at the regions of every scale K, (B, K², C)."""
+    """x ⊙ Z of x, (B, C, H, W), with Z = 1/L · Σ_K z_K of the gates z_K at the regions of every scale K."""
     height, width = x.shape[2], x.shape[3]
-    channels_last = x.is_contiguous(memory_format=torch.channels_last)
-    if matrix is None and is_exporting():  # a constant there, and onnxruntime multiplies faster than it broadcasts
-        matrix = region_matrix(x, scales)
-    if matrix is not None:
-        rows, matrix = torch.cat(z, 1) / len(scales), matrix.expand(x.shape[0], -1, -1)
-        if channels_last:
-            gates = torch.bmm(matrix.transpose(1, 2), rows)
-            return x * gates.unflatten(1, (height, width)).permute(0, 3, 1, 2)
-        gates = torch.bmm(rows.transpose(1, 2), matrix)
+    if is_exporting():  # the matrix is a constant there, by which other runtimes multiply faster than they broadcast
+        matrix = region_matrix(x, scales) if matrix is None else matrix
+        gates = torch.matmul(torch.cat([z_k.flatten(2) for z_k in z], 2) / len(scales), matrix)
         return x * gates.view(x.shape[0], gates.shape[1], height, width)
-    k, gates = scales[0], z[0]
+    channels_last = x.is_contiguous(memory_format=torch.channels_last)
+    if matrix is not None:
+        rows = torch.cat([z_k.flatten(2).transpose(1, 2) for z_k in z], 1) / len(scales)
+        matrix = matrix.expand(x.shape[0], -1, -1)
+        if channels_last:
+            gates = torch.bmm(matrix.transpose(1, 2), rows).transpose(1, 2)
+        else:
+            gates = torch.bmm(rows.transpose(1, 2), matrix)
+        return x * gates.view(x.shape[0], gates.shape[1], height, width)
+    k, gates = scales[0], z[0].permute(0, 2, 3, 1)
     for finer, z_k in zip(scales[1:], z[1:]):
         n = finer // k
-        coarse, fine = gates.reshape(-1, 1, k, 1, x.shape[1]), z_k.reshape(-1, n, k, n, x.shape[1])
+        coarse, fine = gates.reshape(-1, 1, k, 1, x.shape[1]), z_k.permute(0, 2, 3, 1).reshape(-1, n, k, n, x.shape[1])
         k, gates = finer, coarse + fine
     gates = gates.reshape(x.shape[0], k, k, x.shape[1]) / len(scales)
     # Spread along the width only: the product below broadcasts along the height, and would be slow along both.

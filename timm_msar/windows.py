@@ -17,7 +17,7 @@ def windows(size: int, area: int, scale: int, x: Tensor) -> Tensor:
 
 
 def sliding_means(x: Tensor, scales: list[int]) -> list[Tensor]:
-    """y of x, (B, C, H, W), over the window around each position, as (B, H·W, C), for every scale."""
+    """y of x, (B, C, H, W), over the window around each position, for every scale: (B, C, H, W), too."""
     means: list[Tensor] = []
     height, width = x.shape[2], x.shape[3]
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
@@ -27,5 +27,5 @@ def sliding_means(x: Tensor, scales: list[int]) -> list[Tensor]:
         cols = mean_matrix(windows(width, height * width, scale, wide))
         y = torch.bmm(rows.expand(cube.shape[0], -1, -1), cube)
         y = torch.bmm(y, cols.T.expand(cube.shape[0], -1, -1))
-        means.append(y.view(x.shape).flatten(2).transpose(1, 2).to(x.dtype))
+        means.append(y.view(x.shape).to(x.dtype))
     return means

@@ -19,13 +19,12 @@ import timm
 import torch
 import torch.nn.functional as F
 from timm.layers import ConvNormAct
-from timm.models.resnet import BasicBlock
 from torch import Tensor, nn
 from torch.optim import SGD
 from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import tqdm
 
-from ..resnet_msar import RecalibratedBottleneck
+from ..recalibration import MultiScaleRecalibration
 from .costs import plain
 from .errors import CommandError, first_line, one_sentence
 from .whole_number import whole_number
@@ -129,7 +128,7 @@ def _as_figure_two(name: str) -> nn.Module:
     """The network with FigureTwo of the same width in the place of MS-SAR."""
     model = timm.create_model(name)
     for module in list(model.modules()):
-        if isinstance(module, BasicBlock | RecalibratedBottleneck):
+        if isinstance(getattr(module, 'se', None), MultiScaleRecalibration):
             module.se = FigureTwo(module.se.channels, module.se.scale['1'].fc1.out_channels)
     return model
 
@@ -165,21 +164,19 @@ class Contestant:
 
 
 def measure(contestants: list[Contestant], images: Tensor, rounds: int) -> None:
-    """Time every network once a round, after one round that does not count, in which memory and operators are counted.
+    """Time every network once a round, after first calls that do not count, in which memory and operators are counted.
 
     Args:
         contestants: The networks.
         images: A batch (B, 3, H, W), on the device to measure.
         rounds: Rounds that count.
     """
-    for number in tqdm(range(rounds + 1), desc='Timing', unit=' rounds'):
-        if number == 0:
-            for one in contestants:
-                one.infer(images)  # also allocates, chooses kernels and compiles
-                one.train(images)
-                one.memory = kept_for_backward(one, images)
-                one.operators = operators(one.eager, images[:1])
-            continue
+    for one in tqdm(contestants, desc='First calls', unit=' networks'):
+        one.infer(images)  # also allocates, chooses kernels and compiles
+        one.train(images)
+        one.memory = kept_for_backward(one, images)
+        one.operators = operators(one.eager, images[:1])
+    for _ in tqdm(range(rounds), desc='Timing', unit=' rounds'):
         for one in contestants:
             one.inference.append(_seconds(one.infer, images))
         for one in contestants:
