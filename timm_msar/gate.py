@@ -60,7 +60,7 @@ class Gate(nn.Module):
 
     Ω1 and Ω2 are 1×1 convolutions, as in timm's SEModule. On a grid of a few regions PyTorch is several times faster
     with the same product as a linear map over rows, (B·h·w, channels); other runtimes are not, so programs exported for
-    inference have the convolutions, into which they fold the norms.
+    inference have the convolutions, and exporters fold the norms into these.
     """
 
     def __init__(

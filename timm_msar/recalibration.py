@@ -57,8 +57,8 @@ class MultiScaleRecalibration(nn.Module):
         strategy: 'regional' (a partition into K×K regions) or 'sliding' (a square window of half-width
             ⌊√(H·W)/K⌋ around each position, clipped at the border).
         source_channels: Channels of the tensor that the gates are computed from, if that is not the one recalibrated.
-        act_layer: Activation σ1.
-        gate_layer: Activation σ2.
+        act_layer: Activation σ1, of each value by itself.
+        gate_layer: Activation σ2, of each value by itself.
 
     Raises:
         ValueError: `channels`, `scales`, `rd_ratio`, `rd_channels`, `strategy` or `source_channels` is not one of the
