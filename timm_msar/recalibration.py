@@ -132,23 +132,23 @@ class MultiScaleRecalibration(nn.Module):
             For each scale K gates of the shape of x.
         """
         ones = torch.ones_like(x)
-        z = self.z(x if source is None else source, self.regions(x, self.scales))
-        return {k: self.scaled(ones, [z_k], self.regions(x, [k]), [k]) for k, z_k in zip(self.scales, z)}
+        z = self.z(x if source is None else source, self.matrix(x, self.scales))
+        return {k: self.scaled(ones, [z_k], self.matrix(x, [k]), [k]) for k, z_k in zip(self.scales, z)}
 
-    def regions(self, x: Tensor, scales: list[int]) -> Tensor | None:
-        """The matrix that means and gates of a map x have in common; None where the means need none."""
+    def matrix(self, x: Tensor, scales: list[int]) -> Tensor | None:
+        """The matrix of the regions of a map x, which means and gates have in common; None where means need none."""
         return matrix_if_needed(x, scales) if self.strategy == 'regional' else None
 
-    def z(self, source: Tensor, regions: Tensor | None) -> list[Tensor]:
+    def z(self, source: Tensor, matrix: Tensor | None) -> list[Tensor]:
         """z_K of every scale, Eq. (1), at its regions, (B, channels, K, K), or when sliding at every position."""
         regional = self.strategy == 'regional'
-        y = regional_means(source, self.scales, regions) if regional else sliding_means(source, self.scales)
+        y = regional_means(source, self.scales, matrix) if regional else sliding_means(source, self.scales)
         return [gate(y[i]) for i, gate in enumerate(self.scale.values())]
 
-    def scaled(self, x: Tensor, z: list[Tensor], regions: Tensor | None, scales: list[int]) -> Tensor:
+    def scaled(self, x: Tensor, z: list[Tensor], matrix: Tensor | None, scales: list[int]) -> Tensor:
         """x times the mean of z, Eq. (2)."""
         if self.strategy == 'regional':
-            return recalibrate(x, z, scales, regions)
+            return recalibrate(x, z, scales, matrix)
         return x * torch.stack(z).mean(0)
 
     def forward(self, x: Tensor, source: Tensor | None = None) -> Tensor:
@@ -161,6 +161,6 @@ class MultiScaleRecalibration(nn.Module):
         Returns:
             A tensor of the shape of x.
         """
-        regions = self.regions(x, self.scales)
-        z = self.z(x if source is None else source, regions)
-        return self.scaled(x, z, regions, self.scales)
+        matrix = self.matrix(x, self.scales)
+        z = self.z(x if source is None else source, matrix)
+        return self.scaled(x, z, matrix, self.scales)
