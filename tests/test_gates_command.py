@@ -241,6 +241,7 @@ def test_a_wide_image(network, tmp_path):
     ('name', 'message'),
     [
         ('cifar_resnet20', 'cifar_resnet20 has no MS-SAR layer, so it has no gates to draw'),
+        ('resnet18', 'resnet18 has no MS-SAR layer, so it has no gates to draw'),  # without asking the Hub for weights
         ('cifar_resnet56_msar', 'cifar_resnet56_msar has no pretrained weights; give its own with --checkpoint'),
         ('cifar_resnet20_msar.foo', 'cifar_resnet20_msar.foo'),
         ('resnet1_msar', 'resnet1_msar cannot be loaded: Unknown model (resnet1_msar)'),

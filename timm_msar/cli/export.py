@@ -104,7 +104,7 @@ def write_folder(trained: Trained, folder: Path, model_id: str, checkpoint: Path
     tag = model_id.rpartition('/')[2].partition('.')[2] or checkpoint.resolve().parent.name
     model_config = {'pretrained_cfg': {'tag': tag}, 'label_names': data.classes}
     save_for_hf(model, folder, model_config=model_config, safe_serialization=True, data_config=data_config)
-    sha256 = _complete_config(folder, bool(base_model))
+    sha256 = _complete_config(folder, bool(fine_tuned))
 
     source = f'local-dir:{folder}'
     card = model_card(source, model_id, data, trained.results, _description(trained), base_model, sha256)
@@ -135,11 +135,11 @@ def _data_config(trained: Trained, checkpoint: Path) -> dict[str, Any]:
     return config
 
 
-def _complete_config(folder: Path, has_base: bool) -> str:
+def _complete_config(folder: Path, fine_tuned: bool) -> str:
     """Add the checksum of the weights to config.json, take out what is not true of them, and return the checksum."""
     path = folder / 'config.json'
     config = json.loads(path.read_text(encoding='utf-8'))
-    if not has_base:  # these are facts about weights from which the training did not start
+    if not fine_tuned:  # these are facts about weights from which the training did not start
         for key in ('origin_url', 'license', 'notes', 'paper_ids', 'paper_name'):
             config['pretrained_cfg'].pop(key, None)
     config.get('model_args', {}).pop('num_classes', None)  # is there already; transformers refuses to have it twice

@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import timm
+import torch
 from timm.data import ImageNetInfo, create_transform, infer_imagenet_subset, is_img_extension, resolve_data_config
+from tqdm import tqdm
 
 from ..recalibration import MultiScaleRecalibration
 from .checkpoint import load_network
@@ -70,17 +72,18 @@ def main(args: argparse.Namespace) -> None:
     model, config, classes = _load(args.model, args.checkpoint)
     transform = create_transform(**config, is_training=False)
     looks: list[Look] = []
+    drawn: list[str] = []
     failed = closed = 0
     with one_sentence(f'cannot write {output}'), written_aside(output) as aside:
         if not one:
             aside.mkdir()
-        for path in files:
+        for path in tqdm(files, unit='image', disable=len(files) == 1 or None, leave=False):
             try:
                 x = transform(read_photo(path, config['input_size'][0]))[None]
             except CommandError as error:
                 if len(files) == 1:
                     raise
-                print(f'timm-msar gates: error: {error}', file=sys.stderr)
+                tqdm.write(f'timm-msar gates: error: {error}', file=sys.stderr)
                 failed += 1
                 continue
             seen = look(model, x, config['mean'], config['std'], classes, path.name)
@@ -89,13 +92,14 @@ def main(args: argparse.Namespace) -> None:
             title = f'{seen.name}, {args.model}' + (': all gates are 0.5, as before training' if warm else '')
             target = aside if one else _free(aside / f'{path.stem}.png')
             save(picture(seen, title), target)
-            print(f'{path}: {seen.prediction} → {output if one else output / target.name}')
+            drawn.append(f'{path}: {seen.prediction} → {output if one else output / target.name}')
             if len(looks) < ON_SHEET:
                 looks.append(seen)
         if not one and looks:
             save(contact_sheet(looks, args.model), aside / SHEET)
         if failed == len(files):
             raise CommandError(f'none of the {failed} images can be read; nothing was written')
+    print('\n'.join(drawn))  # now that the files are there
     if closed:
         print('all gates are 0.5: a warm start, whose gates are not trained yet')
     if not one:
@@ -136,6 +140,7 @@ def _load(name: str, checkpoint: Path | None) -> tuple[Any, dict[str, Any], Sequ
                 cfg = timm.get_pretrained_cfg(name)
                 if cfg is None or not cfg.has_weights:
                     raise CommandError(f'{name} has no pretrained weights; give its own with --checkpoint')
+                _refuse_without_gates(timm.create_model(name), name)  # before a download
             if name.startswith('local-dir:'):
                 compare_checksum(Path(name.removeprefix('local-dir:')))
             model = timm.create_model(name, pretrained=True).eval()
@@ -144,8 +149,7 @@ def _load(name: str, checkpoint: Path | None) -> tuple[Any, dict[str, Any], Sequ
         raise
     except Exception as error:  # timm and the Hub have no common class for a network that cannot be had
         raise CommandError(f'{name} cannot be loaded: {first_line(error)}') from error
-    if not any(isinstance(module, MultiScaleRecalibration) for module in model.modules()):
-        raise CommandError(f'{name} has no MS-SAR layer, so it has no gates to draw')
+    _refuse_without_gates(model, name)
     if config['input_size'][0] not in MODES:
         raise CommandError(f'{name} takes images of {config["input_size"][0]} channels, which no picture file has')
     if checkpoint:
@@ -156,3 +160,8 @@ def _load(name: str, checkpoint: Path | None) -> tuple[Any, dict[str, Any], Sequ
         info = ImageNetInfo(subset)
         classes = [info.index_to_description(i) for i in range(info.num_classes())]
     return model, config, classes
+
+
+def _refuse_without_gates(model: torch.nn.Module, name: str) -> None:
+    if not any(isinstance(module, MultiScaleRecalibration) for module in model.modules()):
+        raise CommandError(f'{name} has no MS-SAR layer, so it has no gates to draw')
