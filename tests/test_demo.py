@@ -41,7 +41,7 @@ def test_an_earlier_demo_is_replaced_and_nothing_else_is(tmp_path, monkeypatch, 
     monkeypatch.setattr(demo, 'train', lambda epochs: (model, 10.0))
     output = tmp_path / 'demo'
     (output / 'weights').mkdir(parents=True)
-    (output / 'weights' / 'earlier').touch()
+    (output / 'weights' / 'model.safetensors').touch()
     assert cli.main(['demo', '--output', str(output)]) == 0
     assert sorted(path.name for path in output.rglob('*')) == [
         'config.json',
@@ -50,10 +50,11 @@ def test_an_earlier_demo_is_replaced_and_nothing_else_is(tmp_path, monkeypatch, 
         'weights',
     ]
     assert [path.name for path in tmp_path.iterdir()] == ['demo']
-    (output / 'thesis.txt').touch()
-    assert cli.main(['demo', '--output', str(output)]) == 1
-    assert 'is not an earlier demo' in capsys.readouterr().err
-    assert (output / 'thesis.txt').exists()
+    for other in ('thesis.txt', 'weights/best.pth'):
+        (output / other).touch()
+        assert cli.main(['demo', '--output', str(output)]) == 1
+        assert 'is not an earlier demo' in capsys.readouterr().err
+        (output / other).unlink()  # it is still there
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,8 @@ import timm
 import torch
 import torch.nn as nn
 from timm.layers import convert_sync_batchnorm
-from timm.utils import reparameterize_model
+from timm.utils import freeze, reparameterize_model
+from torch.nn.utils import prune
 from torch.optim.swa_utils import update_bn
 
 from timm_msar import MultiScaleRecalibration
@@ -183,10 +184,12 @@ def test_a_batch_of_one_trains_on_running_statistics():
 def test_statistics_are_averaged_over_all_batches_for_averaged_weights():
     """After averaging weights over training (SWA), PyTorch sets the momentum of each norm to None for a while."""
     layer = layer_of(channels=6)
-    norms = {name: module for name, module in layer.named_modules() if isinstance(module, nn.BatchNorm1d)}
+    norms = {name: module for name, module in layer.named_modules() if isinstance(module, nn.BatchNorm2d)}
     seen = {name: [] for name in norms}
     for name, norm in norms.items():
-        norm.register_forward_hook(lambda _, inputs, __, name=name: seen[name].append(inputs[0]))
+        norm.register_forward_hook(
+            lambda _, inputs, __, name=name: seen[name].append(inputs[0].permute(0, 2, 3, 1).flatten(0, 2))
+        )
     update_bn([torch.randn(batch, 6, 8, 8) for batch in (1, 4, 4, 1, 4)], layer)
     for name, norm in norms.items():
         used = [rows for rows in seen[name] if len(rows) > 1]  # one row has no variance
@@ -232,9 +235,34 @@ def test_the_order_of_the_scales_means_nothing(size):
 
 def test_what_is_no_batch_norm_is_not_folded():
     layer = layer_of(channels=6)
-    layer.scale['2'].bn1, layer.scale['4'].bn2 = nn.LayerNorm(2), nn.BatchNorm1d(6, track_running_stats=False)
+    layer.scale['2'].bn1, layer.scale['4'].bn2 = nn.GroupNorm(1, 2), nn.BatchNorm2d(6, track_running_stats=False)
     x = torch.randn(3, 6, 14, 14)
     torch.testing.assert_close(reparameterize_model(nn.Sequential(layer)).eval()(x), layer.eval()(x))
+
+
+def test_timm_freezes_the_norms():
+    layer = layer_of(channels=6)
+    freeze(layer)
+    layer.train()
+    before = {key: tensor.clone() for key, tensor in layer.state_dict().items()}
+    x = torch.randn(3, 6, 14, 14)
+    torch.testing.assert_close(layer(x), layer.eval()(x))
+    torch.testing.assert_close(layer.state_dict(), before, rtol=0, atol=0)
+
+
+def test_the_convolutions_are_called_as_modules():
+    """Pruning, LoRA, quantisation and hooks for visualisation work through calls of modules."""
+    layer, called = layer_of(channels=6), []
+    for name, module in layer.named_modules():
+        module.register_forward_hook(lambda module, inputs, output, name=name: called.append(name))
+    layer(torch.randn(3, 6, 14, 14))
+    assert set(called) == {name for name, module in layer.named_modules() if not isinstance(module, nn.ModuleDict)}
+    convs = [module for module in layer.modules() if isinstance(module, nn.Conv2d)]
+    for conv in convs:
+        prune.l1_unstructured(conv, 'weight', amount=0.3)
+    for _ in range(2):
+        layer(torch.randn(3, 6, 14, 14)).sum().backward()
+    assert all(conv.weight_orig.grad is not None for conv in convs)
 
 
 def test_every_norm_is_converted_to_sync_batch_norm():

@@ -131,9 +131,8 @@ class MultiScaleRecalibration(nn.Module):
         Returns:
             For each scale K gates of the shape of x.
         """
-        ones = torch.ones_like(x)
         z = self.z(x if source is None else source, self.matrix(x, self.scales))
-        return {k: self.scaled(ones, [z_k], self.matrix(x, [k]), [k]) for k, z_k in zip(self.scales, z)}
+        return {k: self.scaled(torch.ones_like(x), [z[i]], self.matrix(x, [k]), [k]) for i, k in enumerate(self.scales)}
 
     def matrix(self, x: Tensor, scales: list[int]) -> Tensor | None:
         """The matrix of the regions of a map x, which means and gates have in common; None where means need none."""

@@ -15,14 +15,13 @@ made of the next scale's blocks, and need no matrix.
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 
 def is_exporting() -> bool:
     """torch.compiler.is_exporting, which cannot be scripted, and until PyTorch 2.11 holds in torch.compile, too."""
-    if torch.jit.is_scripting():
-        return False
-    return torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
+    return False if torch.jit.is_scripting() else torch.compiler.is_exporting() and not is_dynamo_compiling()
 
 
 def is_number(size: int) -> bool:

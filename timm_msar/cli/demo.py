@@ -62,6 +62,9 @@ class Digits(Dataset):
         return self.transform(image) if self.transform else image, self.targets[index]
 
 
+WRITTEN = {'gates.png', 'weights', 'weights/config.json', 'weights/model.safetensors'}
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `timm-msar demo`."""
     parser.add_argument('--output', type=Path, default=Path('demo'), help='folder to write to (default: %(default)s)')
@@ -86,8 +89,8 @@ def main(args: argparse.Namespace) -> None:
     torch.manual_seed(args.seed)
     start, output = time.monotonic(), args.output
     with one_sentence(f'cannot write {output}', SafetensorError, advice='nothing was kept'):
-        known = output.is_dir() and {path.name for path in output.iterdir()} <= {'weights', 'gates.png'}
-        if os.path.lexists(output) and not known:
+        there = {path.relative_to(output).as_posix() for path in output.rglob('*')} if output.is_dir() else {''}
+        if os.path.lexists(output) and not there <= WRITTEN:
             raise CommandError(f'{output} is not an earlier demo; give the name of a new folder with --output')
         with written_aside(output) as aside:
             aside.mkdir()
