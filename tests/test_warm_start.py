@@ -209,3 +209,10 @@ def test_every_warm_tag_names_a_plain_network_of_timms_that_it_can_load():
         for field in ('mean', 'std', 'crop_pct', 'interpolation', 'input_size', 'license', 'num_classes'):
             assert getattr(cfg, field) == getattr(of_source, field) or field == 'license', (tag, field)
         assert (of_source.license or 'apache-2.0') == cfg.license
+
+
+def test_gates_without_storage_are_missing():
+    """`assign=True` takes tensors for a network on the meta device; the gates' own are none yet."""
+    model = timm.create_model('cifar_resnet20_msar', device='meta')
+    with pytest.raises(RuntimeError, match=r'Missing key\(s\) in state_dict: "stages.0.0.se.scale.1.fc1.weight"'):
+        model.load_state_dict(timm.create_model('cifar_resnet20').state_dict(), assign=True)

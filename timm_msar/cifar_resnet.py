@@ -2,7 +2,7 @@
 
 Three stages of timm's basic blocks with 16, 32 and 64 channels behind a 3×3 stem, as in `Deep Residual Learning for
 Image Recognition` (He et al., Section 4.2) - https://arxiv.org/abs/1512.03385. Shortcuts between stages are 1×1
-projections: with them, not with zero padding, the multiply-adds of Table 1 come out exactly.
+projections: with them, not with zero padding, the paper's multiply-adds come out, but for a misprint in Table 1.
 """
 
 from collections import OrderedDict

@@ -66,7 +66,8 @@ def start_from_plain(model: nn.Module, state_dict: dict[str, Tensor]) -> None:
 def complete_gates(model: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
     """Complete a state dict of the plain network; for `register_load_state_dict_pre_hook` of a network.
 
-    A state dict that has some of the gates, or not what stands next to all of them, is left alone for PyTorch to judge.
+    A state dict that has some of the gates, or not what stands next to all of them, is left alone for PyTorch to judge;
+    so is one for a network on the meta device, whose gates have no weights yet.
 
     Args:
         model: The network that loads.
@@ -78,7 +79,9 @@ def complete_gates(model: nn.Module, state_dict: dict[str, Tensor], prefix: str,
         f'{prefix}{name}.{key}': value for name, layer in layers.items() for key, value in layer.state_dict().items()
     }
     doubled = [f'{prefix}{key}' for name in layers for key in _doubled(model, name)]
-    if any(key in state_dict for key in gates) or not all(key in state_dict for key in doubled):
+    if any(key in state_dict or value.is_meta for key, value in gates.items()):
+        return
+    if not all(key in state_dict for key in doubled):
         return
     for key in doubled:
         state_dict[key] = 2 * state_dict[key]
