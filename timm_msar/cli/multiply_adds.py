@@ -6,8 +6,6 @@ import torch
 import torch.nn as nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..gate import Gate
-
 
 def multiply_adds(
     model: nn.Module, input_size: tuple[int, int, int], without: type[nn.Module] | tuple[type[nn.Module], ...] = ()
@@ -26,10 +24,10 @@ def multiply_adds(
         model(image)
     flops = counter.get_flop_counts()
     left_out = {layer for module in model.modules() if isinstance(module, without) for layer in module.modules()}
-    # A gate is two linear layers. Matrix products outside of these modules are means over regions, which are no layers.
+    # Matrix products outside of these modules are means over regions, which are no layers.
     counted = (
-        flops.get(f'{type(model).__name__}.{name}', {})  # a gate computes with its convolutions' weights itself
+        flops.get(f'{type(model).__name__}.{name}', {})
         for name, module in model.named_modules()
-        if isinstance(module, (nn.Conv2d, nn.Linear, Gate)) and module not in left_out
+        if isinstance(module, (nn.Conv2d, nn.Linear)) and module not in left_out
     )
     return sum(sum(operations.values()) for operations in counted) // 2  # a multiplication and an addition are one
