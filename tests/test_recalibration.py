@@ -251,7 +251,7 @@ def test_timm_freezes_the_norms():
 
 
 def test_the_convolutions_are_called_as_modules():
-    """Pruning, LoRA, quantisation and hooks for visualisation work through calls of modules."""
+    """Hooks for visualisation see them, and so does pruning, which computes the weight before each call."""
     layer, called = layer_of(channels=6), []
     for name, module in layer.named_modules():
         module.register_forward_hook(lambda module, inputs, output, name=name: called.append(name))
