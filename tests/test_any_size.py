@@ -68,6 +68,16 @@ def test_scripted_and_trained_on_one_image():
     scripted.train()(torch.randn(1, 3, 64, 64)).sum().backward()
 
 
+def test_scripted_and_trained_then_evaluated():
+    """train.py --torchscript. At 30 px maps are of 30, 15 and 8 positions, which 4 divides once."""
+    scripted = torch.jit.script(timm.create_model('cifar_resnet20_msar'))
+    scripted.train()(torch.randn(4, 3, 30, 30)).sum().backward()
+    scripted.eval()
+    for _ in range(2):
+        with torch.inference_mode():
+            scripted(torch.randn(4, 3, 30, 30))
+
+
 def test_what_converters_cannot_take_is_not_exported():
     """coremltools 9.0 has no bitwise `and` and no unsafe_split; litert-torch 0.10 has no mean with a type."""
     exported = torch.export.export(network(), (torch.randn(2, 3, 224, 224),))

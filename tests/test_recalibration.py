@@ -148,6 +148,18 @@ def test_compiled_is_eager(shape):
         )
 
 
+@pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize('shape', [(7, 7), (8, 8), (4, 12)], ids=str)
+@pytest.mark.parametrize('strategy', ['regional', 'sliding'])
+def test_mapped_over_images_and_differentiated_twice(strategy, shape, memory_format):
+    layer = layer_of(strategy=strategy).double().eval()
+    x = torch.randn(2, 6, *shape, dtype=torch.float64).contiguous(memory_format=memory_format)
+    torch.testing.assert_close(torch.func.vmap(lambda image: layer(image[None])[0])(x), layer(x))
+    x = x[:, :, :4, :4].requires_grad_()
+    assert torch.autograd.gradcheck(layer, x, check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(layer, x)
+
+
 def test_bfloat16_autocast_is_close_to_float32():
     layer = layer_of(channels=16).eval()
     x = torch.randn(2, 16, 14, 14)
@@ -163,7 +175,7 @@ def test_half_precision_does_not_overflow_in_large_regions():
 
 
 def test_half_precision_counts_more_positions_than_it_has_numbers_for():
-    layer = layer_of(channels=4).half().eval()
+    layer = layer_of(channels=4, rd_channels=16).half().eval()
     large, small = (layer(torch.ones(1, 4, size, size, dtype=torch.float16)) for size in (257, 7))
     torch.testing.assert_close(large[..., :1, :1], small[..., :1, :1], rtol=5e-3, atol=0)
 

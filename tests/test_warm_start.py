@@ -56,6 +56,23 @@ def test_the_same_logits_to_the_last_bit(name):
                     assert all((z == 0.5).all() for z in layer.gates(torch.randn(1, layer.channels, 9, 9)).values())
 
 
+@pytest.mark.parametrize('precision', ['highest', 'medium'])
+@pytest.mark.parametrize('scales', [(1, 2, 4), (1, 2, 3, 4, 5)], ids=str)
+@pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last], ids=str)
+def test_a_closed_gate_is_one_half_in_any_precision_of_products(scales, precision, memory_format):
+    """timm's scripts have float32 products in TF32 on a GPU; processors with bfloat16 products round alike."""
+    model = timm.create_model('resnet18_msar', scales=scales).eval()
+    model.load_state_dict(plain('resnet18_msar').state_dict())
+    layer = model.layer4[0].se
+    x = torch.randn(2, 512, 14, 14).contiguous(memory_format=memory_format)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        assert torch.equal(layer(x), x / 2)
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 def test_every_way_of_loading_a_file(tmp_path):
     source = plain('resnet18_msar')
     path = tmp_path / 'plain.safetensors'

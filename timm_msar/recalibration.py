@@ -21,7 +21,7 @@ from timm.models import register_notrace_module
 from torch import Tensor, nn
 
 from .gate import Gate
-from .regions import matrix_if_needed, recalibrate, regional_means
+from .regions import matrix_if_needed, recalibrate, region_matrix, regional_means
 from .windows import sliding_means
 
 __all__ = ['MultiScaleRecalibration']
@@ -131,24 +131,16 @@ class MultiScaleRecalibration(nn.Module):
         Returns:
             For each scale K gates of the shape of x.
         """
-        z = self.z(x if source is None else source, self.matrix(x, self.scales))
-        return {k: self.scaled(torch.ones_like(x), [z[i]], self.matrix(x, [k]), [k]) for i, k in enumerate(self.scales)}
+        source = x if source is None else source
+        if self.strategy == 'sliding':
+            return dict(zip(self.scales, self.z(sliding_means(source, self.scales))))
+        z = self.z(regional_means(source, self.scales, matrix_if_needed(x, self.scales)))
+        ones = torch.ones_like(x)
+        return {k: recalibrate(ones, [z_k], [k], region_matrix(x, [k])) for k, z_k in zip(self.scales, z)}
 
-    def matrix(self, x: Tensor, scales: list[int]) -> Tensor | None:
-        """The matrix of the regions of a map x, which means and gates have in common; None where means need none."""
-        return matrix_if_needed(x, scales) if self.strategy == 'regional' else None
-
-    def z(self, source: Tensor, matrix: Tensor | None) -> list[Tensor]:
-        """z_K of every scale, Eq. (1), at its regions, (B, channels, K, K), or when sliding at every position."""
-        regional = self.strategy == 'regional'
-        y = regional_means(source, self.scales, matrix) if regional else sliding_means(source, self.scales)
+    def z(self, y: list[Tensor]) -> list[Tensor]:
+        """z_K of every scale, Eq. (1), from its y, (B, source_channels, h, w), as (B, channels, h, w)."""
         return [gate(y[i]) for i, gate in enumerate(self.scale.values())]
-
-    def scaled(self, x: Tensor, z: list[Tensor], matrix: Tensor | None, scales: list[int]) -> Tensor:
-        """x times the mean of z, Eq. (2)."""
-        if self.strategy == 'regional':
-            return recalibrate(x, z, scales, matrix)
-        return x * torch.stack(z).mean(0)
 
     def forward(self, x: Tensor, source: Tensor | None = None) -> Tensor:
         """x ⊙ Z, Eq. (2). In training, x and source must not be changed in place before the backward pass.
@@ -160,6 +152,10 @@ class MultiScaleRecalibration(nn.Module):
         Returns:
             A tensor of the shape of x.
         """
-        matrix = self.matrix(x, self.scales)
-        z = self.z(x if source is None else source, matrix)
-        return self.scaled(x, z, matrix, self.scales)
+        source = x if source is None else source
+        if self.strategy == 'sliding':
+            z = self.z(sliding_means(source, self.scales))
+            return x * torch.stack(z).mean(0)
+        matrix = matrix_if_needed(x, self.scales)
+        z = self.z(regional_means(source, self.scales, matrix))
+        return recalibrate(x, z, self.scales, matrix)

@@ -104,28 +104,28 @@ def recalibrate(x: Tensor, z: list[Tensor], scales: list[int], matrix: Tensor | 
         matrix = region_matrix(x, scales) if matrix is None else matrix
         gates = torch.matmul(torch.cat([z_k.flatten(2) for z_k in z], 2) / len(scales), matrix)
         return x * gates.view(x.shape[0], gates.shape[1], height, width)
-    channels_last = x.is_contiguous(memory_format=torch.channels_last)
+    channels_last = x.stride(1) == 1 and x.shape[1] > 1  # is_contiguous cannot be asked under vmap
     if matrix is not None:
-        rows = torch.cat([z_k.flatten(2).transpose(1, 2) for z_k in z], 1) / len(scales)
-        matrix = matrix.expand(x.shape[0], -1, -1)
-        if channels_last:
-            gates = torch.bmm(matrix.transpose(1, 2), rows).transpose(1, 2)
-        else:
-            gates = torch.bmm(rows.transpose(1, 2), matrix)
+        rows = torch.cat([z_k.flatten(2).transpose(1, 2) for z_k in z], 1)
+        cols = matrix.expand(x.shape[0], -1, -1)
+        left, right = (cols.transpose(1, 2), rows) if channels_last else (rows.transpose(1, 2), cols)
+        # Multiplied by 1/L after the sum, 0.5 is exact in TF32, too, which a warm start needs.
+        gates = torch.baddbmm(x.new_empty(1, 1, 1), left, right, beta=0, alpha=1 / len(scales))
+        gates = gates.transpose(1, 2) if channels_last else gates
         return x * gates.view(x.shape[0], gates.shape[1], height, width)
-    k, gates = scales[0], z[0].permute(0, 2, 3, 1)
+    k, gates = scales[0], z[0]
     for finer, z_k in zip(scales[1:], z[1:]):
-        n = finer // k
-        coarse, fine = gates.reshape(-1, 1, k, 1, x.shape[1]), z_k.permute(0, 2, 3, 1).reshape(-1, n, k, n, x.shape[1])
-        k, gates = finer, coarse + fine
-    gates = gates.reshape(x.shape[0], k, k, x.shape[1]) / len(scales)
-    # Spread along the width only: the product below broadcasts along the height, and would be slow along both.
+        inside = finer // k  # finer regions along an axis of a coarse one
+        fine = z_k.unflatten(3, (k, inside)).unflatten(2, (k, inside))
+        k, gates = finer, (gates[:, :, :, None, :, None] + fine).flatten(4, 5).flatten(2, 3)
+    gates = gates / len(scales)
     dim = 1 if channels_last else 2
-    gates = gates if channels_last else gates.permute(0, 3, 1, 2)
+    if channels_last:
+        x, gates = x.permute(0, 2, 3, 1), gates.permute(0, 2, 3, 1)
+    # Spread along the width only: the product below broadcasts along the height, and would be slow along both.
     if k not in (1, width):
         gates = gates.repeat_interleave(width // k, dim + 1)
-    cube = x.permute(0, 2, 3, 1) if channels_last else x
-    cube = (cube.unflatten(dim, (k, height // k)) * gates.unsqueeze(dim + 1)).flatten(dim, dim + 1)
+    cube = (x.unflatten(dim, (k, height // k)) * gates.unsqueeze(dim + 1)).flatten(dim, dim + 1)
     cube = cube.permute(0, 3, 1, 2) if channels_last else cube
     if torch.jit.is_scripting():
         return cube

@@ -2,8 +2,9 @@
 
 The last BN of each gate starts with weight and bias 0, so every gate is sigmoid(0) = 0.5, its gradient is largest, and
 one weight next to the gate is doubled in turn: one that is linear in the gated tensor, with no activation between.
-A factor of two changes no bit of a mantissa, so logits are equal, not close. The price: under SGD the doubled weight
-moves by a quarter, relative to its size, of what it would move in the plain network.
+A factor of two changes no bit of a mantissa, so logits are equal, not close. (1/L may round with more than five scales.)
+The price: under SGD the doubled weight moves by a quarter, relative to its size, of what it would move in the plain
+network.
 
 The networks of this package complete a plain checkpoint by themselves when it is loaded. `start_from_plain` does it for
 timm's own ResNets that were given the layer by `block_args=dict(attn_layer=MultiScaleRecalibration)`.
