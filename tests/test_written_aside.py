@@ -1,7 +1,9 @@
 """A file or folder is the old or the new one, whole, wherever its writing is interrupted or killed."""
 
 import os
+import shutil
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -141,6 +143,20 @@ def test_two_at_once_do_not_share_a_name_and_the_last_counts(tmp_path):
         write(one, 'one', False)
         write(other, 'other', False)
     assert content(tmp_path / 'result') == 'one'
+    assert hidden(tmp_path) == []
+
+
+def test_one_that_still_writes_is_left_alone_by_one_that_cannot_see_its_process(tmp_path):
+    """As in two containers on one volume, which may have the same host name."""
+    unshare = ['unshare', '--pid', '--fork']
+    if shutil.which('unshare') is None or subprocess.run([*unshare, 'true']).returncode != 0:
+        pytest.skip('needs unshare of util-linux, and the right to use it')
+    code = 'import sys; from pathlib import Path; from timm_msar.cli.written_aside import written_aside\n'
+    code += "with written_aside(Path(sys.argv[1])) as aside: aside.write_text('other')"
+    with written_aside(tmp_path / 'result') as aside:
+        write(aside, 'new', True)
+        subprocess.run([*unshare, sys.executable, '-c', code, tmp_path / 'other'], check=True, timeout=100)
+    assert content(tmp_path / 'result') == {('a', 'new'), ('b', 'new')} and content(tmp_path / 'other') == 'other'
     assert hidden(tmp_path) == []
 
 

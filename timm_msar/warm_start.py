@@ -2,7 +2,7 @@
 
 The last BN of each gate starts with weight and bias 0, so every gate is sigmoid(0) = 0.5, its gradient is largest, and
 one weight next to the gate is doubled in turn: one that is linear in the gated tensor, with no activation between.
-A factor of two changes no bit of a mantissa, so logits are equal, not close. (1/L may round with more than five scales.)
+A factor of two changes no bit of a mantissa, so logits are equal, not close. (1/L may round with six scales or more.)
 The price: under SGD the doubled weight moves by a quarter, relative to its size, of what it would move in the plain
 network.
 

@@ -1,16 +1,17 @@
 """Write a file or folder under another name, and give it its own name only when it is whole."""
 
 import os
+import secrets
 import shutil
-import socket
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
 from .errors import CommandError
 
-ASIDE = f'.timm-msar.{socket.gethostname()}.'
+ASIDE = '.timm-msar.'
 
 
 @contextmanager
@@ -34,11 +35,13 @@ def written_aside(path: Path) -> Iterator[Path]:
     path = Path(os.path.realpath(path))
     with suppress(FileExistsError):  # where it is a file, making `aside` fails
         path.parent.mkdir(parents=True)
-    _clear_after_the_dead(path.parent)
-    aside = Path(tempfile.mkdtemp(prefix=f'{ASIDE}{os.getpid()}.', dir=path.parent))
-    try:
-        old, new = aside / 'old' / path.name, aside / path.name
-        old.parent.mkdir()
+    for lock in path.parent.glob(f'{ASIDE}*.lock'):  # of a process that was killed, or still writes
+        with suppress(OSError, Timeout), _cleared(lock.with_suffix('')):
+            pass
+    aside = path.parent / f'{ASIDE}{secrets.token_hex(8)}'
+    old, new = aside / 'old' / path.name, aside / path.name
+    with _cleared(aside):
+        old.parent.mkdir(parents=True)
         yield new
         try:
             if new.is_dir() and path.is_dir():
@@ -48,30 +51,23 @@ def written_aside(path: Path) -> Iterator[Path]:
             kept = path.parent / aside.name.removeprefix('.')
             new.rename(kept)
             raise CommandError(f'cannot replace {path} ({error.strerror}); the new one is kept as {kept}') from error
-    finally:
-        _clear(aside)
 
 
-def _clear(aside: Path) -> None:
-    """Put back what was moved away, unless something took its place, and delete the rest."""
-    for old in aside.glob('old/*'):
-        if not os.path.lexists(aside.parent / old.name):
-            old.rename(aside.parent / old.name)
-    shutil.rmtree(aside, ignore_errors=True)
+@contextmanager
+def _cleared(aside: Path) -> Iterator[None]:
+    """Hold the lock of a hidden folder, which its process lets go of even when it is killed, and clear it at the end.
 
-
-def _clear_after_the_dead(folder: Path) -> None:
-    """Clear what processes of this machine left in `folder` when they were killed."""
-    for aside in folder.glob(f'{ASIDE}*.*'):
-        if not _is_running(aside.name.removeprefix(ASIDE).partition('.')[0]):
-            _clear(aside)
-
-
-def _is_running(process: str) -> bool:
-    try:
-        os.kill(int(process), 0)  # sends nothing
-    except ProcessLookupError:
-        return False
-    except (OSError, ValueError, OverflowError):
-        return True
-    return True
+    The lock is held before there is a folder, so whoever finds a folder and gets its lock may clear it.
+    """
+    lock = Path(f'{aside}.lock')
+    with FileLock(lock, blocking=False):
+        try:
+            yield
+        finally:
+            for old in aside.glob('old/*'):  # put back what was moved away, unless something took its place
+                if not os.path.lexists(aside.parent / old.name):
+                    old.rename(aside.parent / old.name)
+            shutil.rmtree(aside, ignore_errors=True)
+            if not aside.exists():
+                with suppress(OSError):  # Windows deletes no file that is open; filelock does it there
+                    lock.unlink()
