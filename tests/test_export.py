@@ -15,8 +15,10 @@ import torch
 import yaml
 from huggingface_hub import ModelCard
 from PIL import Image
+from timm.models import register_model
 from trained_run import CLASSES, logits, logits_of, make_run, resave, weights
 
+from timm_msar import cli
 from timm_msar.cli import export
 from timm_msar.cli.checkpoint import load_trained
 from timm_msar.cli.errors import CommandError
@@ -97,6 +99,46 @@ def test_arguments_of_the_network_are_kept(tmp_path):
     run_export(run, tmp_path / 'out')
     loaded = timm.create_model(f'local-dir:{tmp_path / "out"}', pretrained=True)
     assert torch.equal(logits_of(loaded), logits(weights(run), **kwargs))
+
+
+def test_grey_images_have_the_average_of_three_means_as_in_timms_loader(tmp_path):
+    run = make_run(tmp_path, input_size=[1, 32, 32], mean=None, std=None)
+    run_export(run, tmp_path / 'out')
+    model = timm.create_model(f'local-dir:{tmp_path / "out"}', pretrained=True).eval()
+    with torch.no_grad():
+        assert model(torch.randn(1, 1, 32, 32)).shape == (1, len(CLASSES))
+    config = timm.data.resolve_model_data_config(model)
+    own = timm.get_pretrained_cfg('cifar_resnet20_msar')
+    loader = timm.data.create_loader(
+        timm.data.create_dataset('', root=str(tmp_path / 'data'), split='train'),
+        (1, 32, 32),
+        2,
+        mean=own.mean,
+        std=own.std,
+        num_workers=0,
+        device=torch.device('cpu'),
+    )
+    assert config['mean'] == pytest.approx((loader.mean / 255).flatten().tolist())
+    assert config['std'] == pytest.approx((loader.std / 255).flatten().tolist())
+
+    Image.new('L', (40, 50), 77).save(tmp_path / 'photo.png')
+    arguments = [str(tmp_path / 'photo.png'), '--model', 'cifar_resnet20_msar', '--checkpoint', str(run)]
+    assert cli.main(['gates', *arguments, '--output', str(tmp_path / 'gates.png')]) == 0
+
+
+@register_model
+def forgetful_resnet(pretrained=False, **kwargs):
+    """A network with something that its config.json does not tell."""
+    model = timm.create_model('cifar_resnet20', **kwargs)
+    model.stages.register_forward_hook(lambda module, inputs, output: 2 * output)
+    return model
+
+
+def test_a_folder_that_would_compute_something_else_is_not_made(tmp_path):
+    run = make_run(tmp_path, model='forgetful_resnet')
+    with pytest.raises(CommandError, match=r'loaded back computes other logits than .*; it is not exported'):
+        run_export(run, tmp_path / 'out')
+    assert sorted(path.name for path in tmp_path.iterdir()) == ['data', 'run']
 
 
 @pytest.mark.parametrize(
@@ -338,6 +380,7 @@ def test_the_average_must_be_there_and_the_output_must_not(copied, tmp_path):
 
 LIMITED = """
 import argparse, pathlib, resource, sys
+from timm_msar import cli
 from timm_msar.cli import export
 from timm_msar.cli.errors import CommandError
 

@@ -45,14 +45,15 @@ def make_run(folder: Path, model: str = 'cifar_resnet20_msar', ema: bool = False
     (run / 'args.yaml').write_text(yaml.safe_dump(vars(args), default_flow_style=False))
 
     torch.manual_seed(args.seed)
-    kwargs = dict(num_classes=args.num_classes, bn_eps=args.bn_eps, **args.model_kwargs)
+    chans = args.input_size[0]
+    kwargs = dict(num_classes=args.num_classes, in_chans=chans, bn_eps=args.bn_eps, **args.model_kwargs)
     network = timm.create_model(model, **kwargs)
     if changed.get('channels_last'):
         network = network.to(memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(network.parameters(), lr=args.lr)
     average = ModelEmaV3(network, decay=0.5) if ema else None
     saver = CheckpointSaver(network, optimizer, args=args, model_ema=average, checkpoint_dir=str(run))
-    images, targets = torch.randn(24, 3, 32, 32), torch.arange(24) % args.num_classes
+    images, targets = torch.randn(24, chans, 32, 32), torch.arange(24) % args.num_classes
     images += targets.view(-1, 1, 1, 1) * 0.5  # a difference that a network can learn
     for epoch in range(args.epochs):
         network.train()

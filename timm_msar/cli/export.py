@@ -16,10 +16,11 @@ import timm
 import torch
 from PIL import Image
 from safetensors import SafetensorError
-from timm.data import create_transform, resolve_data_config
+from timm.data import create_transform
 from timm.models import save_for_hf
 
 from .checkpoint import Trained, load_trained
+from .data_config import data_config
 from .errors import CommandError, first_line, one_sentence
 from .model_card import as_markdown, model_card
 from .training_data import training_data
@@ -90,9 +91,9 @@ def write_folder(trained: Trained, folder: Path, model_id: str, checkpoint: Path
     """
     model, args = trained.model, trained.args
     data = training_data(args, model.num_classes)
-    data_config = _data_config(trained, checkpoint)
-    image = torch.randn(2, *data_config['input_size'], generator=torch.Generator().manual_seed(0))
-    size = 'x'.join(map(str, data_config['input_size']))
+    config = _usable_data_config(trained, checkpoint)
+    image = torch.randn(2, *config['input_size'], generator=torch.Generator().manual_seed(0))
+    size = 'x'.join(map(str, config['input_size']))
     with (
         one_sentence(f'the network of {checkpoint} takes no image of {size}', RuntimeError, TypeError),
         torch.no_grad(),
@@ -103,7 +104,7 @@ def write_folder(trained: Trained, folder: Path, model_id: str, checkpoint: Path
     base_model = model.pretrained_cfg.get('hf_hub_id') if fine_tuned else None
     tag = model_id.rpartition('/')[2].partition('.')[2] or checkpoint.resolve().parent.name
     model_config = {'pretrained_cfg': {'tag': tag}, 'label_names': data.classes}
-    save_for_hf(model, folder, model_config=model_config, safe_serialization=True, data_config=data_config)
+    save_for_hf(model, folder, model_config=model_config, safe_serialization=True, data_config=config)
     sha256 = _complete_config(folder, bool(fine_tuned))
 
     source = f'local-dir:{folder}'
@@ -120,18 +121,18 @@ def write_folder(trained: Trained, folder: Path, model_id: str, checkpoint: Path
         )
 
 
-def _data_config(trained: Trained, checkpoint: Path) -> dict[str, Any]:
+def _usable_data_config(trained: Trained, checkpoint: Path) -> dict[str, Any]:
     """What timm's transform needs to know about the images, from the arguments, after transforming one."""
     try:
-        config = resolve_data_config(trained.args, model=trained.model)  # as train.py does it for its own validation
+        config = data_config(trained.args, trained.model)
         image = Image.new({1: 'L', 4: 'RGBA'}.get(config['input_size'][0], 'RGB'), (50, 40))
-        shape, wanted = create_transform(**config)(image).shape, tuple(config['input_size'])
+        usable = create_transform(**config)(image).shape == tuple(config['input_size'])
     except Exception as error:  # timm and torchvision have no common class for values that they cannot use
         raise CommandError(
             f'images cannot be prepared with the mean, std, interpolation and crop of {checkpoint}: {first_line(error)}'
         ) from error
-    if len(config['mean']) != wanted[0] or len(config['std']) != wanted[0] or shape[1:] != wanted[1:]:
-        raise CommandError(f'the mean and std of {checkpoint} are not for {wanted[0]} channels')
+    if not usable:
+        raise CommandError(f'timm makes no images of the size that the network of {checkpoint} takes')
     return config
 
 

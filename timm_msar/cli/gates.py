@@ -13,11 +13,12 @@ from typing import Any
 
 import timm
 import torch
-from timm.data import ImageNetInfo, create_transform, infer_imagenet_subset, is_img_extension, resolve_data_config
+from timm.data import ImageNetInfo, create_transform, infer_imagenet_subset, is_img_extension
 from tqdm import tqdm
 
 from ..recalibration import MultiScaleRecalibration
 from .checkpoint import load_network
+from .data_config import data_config
 from .errors import CommandError, first_line, one_sentence
 from .export import compare_checksum
 from .gate_pictures import Look, contact_sheet, look, picture, save
@@ -144,7 +145,7 @@ def _load(name: str, checkpoint: Path | None) -> tuple[Any, dict[str, Any], Sequ
             if name.startswith('local-dir:'):
                 compare_checksum(Path(name.removeprefix('local-dir:')))
             model = timm.create_model(name, pretrained=True).eval()
-        config = resolve_data_config(train_args, model=model)
+        config = data_config(train_args, model)
     except CommandError:
         raise
     except Exception as error:  # timm and the Hub have no common class for a network that cannot be had
