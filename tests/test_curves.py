@@ -35,7 +35,7 @@ def make_run(folder, top1, model='cifar_resnet20_msar', **arguments):
     (folder / 'args.yaml').write_text(yaml.safe_dump(arguments))
     for epoch, accuracy in enumerate(top1):
         loss = {'loss': (100 - accuracy) / 100}
-        results = {'loss': 2 * loss['loss'], 'top1': accuracy, 'top5': 99.0}
+        results = {'loss': 2 * loss['loss'], 'top1': accuracy, 'top5': max(accuracy, 99.0)}
         update_summary(epoch, loss, results, folder / 'summary.csv', lr=0.1, write_header=epoch == 0)
     return folder
 
@@ -160,6 +160,11 @@ def test_a_run_that_was_not_validated_is_told(tmp_path):
     (folder / 'summary.csv').write_text('epoch,train_loss,lr\r\n0,0.5,0.1\r\n')
     with pytest.raises(CommandError, match='a run of cifar_resnet20_msar was not validated'):
         run(folder)
+
+
+@pytest.mark.filterwarnings('error')
+def test_no_error_is_drawn_where_a_logarithm_would_not_be(tmp_path):
+    run(make_run(tmp_path / 'a', [100.0, 100.0]), '--output', tmp_path / 'picture.png')
 
 
 def test_names_are_drawn_as_they_are(tmp_path):

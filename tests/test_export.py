@@ -298,6 +298,17 @@ def flip_in_weights(path):
     path.write_bytes(content)
 
 
+def set_last(column, value):
+    def spoil(path):
+        summary = path.with_name('summary.csv')
+        *before, last = summary.read_text().splitlines()
+        cells = last.split(',')
+        cells[before[0].split(',').index(column)] = value
+        summary.write_text('\n'.join([*before, ','.join(cells), '']))
+
+    return spoil
+
+
 def other_args(**changed):
     def spoil(path):
         with torch.serialization.safe_globals([argparse.Namespace]):
@@ -344,6 +355,7 @@ BAD = {
     'binary summary': (lambda path: path.with_name('summary.csv').write_bytes(b'\xff\x00' * 9), 'summary.csv'),
     'no metric': (spoil_summary('eval_top1', 'eval_else'), 'has no column eval_top1'),
     'no such epoch': (spoil_summary('\n1,', '\n7,'), 'has no eval_top1 for epoch 1'),
+    'NaN loss': (set_last('eval_loss', 'nan'), 'has eval_loss nan for epoch 1: it diverged'),
     'cut summary': (lambda p: p.with_name('summary.csv').write_text('epoch,eval_top1\n1'), 'has no column train_loss'),
     'other run': (lambda path: resave(path, metric=1.5), 'is of another run'),
     'recovery': (lambda path: resave(path, metric=None), 'was never validated'),

@@ -311,6 +311,7 @@ def test_bad_scales(scales):
         ({'channels': '8'}, 'channels must be a positive integer'),
         ({'source_channels': 0}, 'source_channels must be a positive integer'),
         ({'rd_channels': 0}, 'rd_channels must be a positive integer'),
+        ({'act_layer': None}, 'act_layer must be .* not None'),
         ({'act_layer': 'zz'}, "act_layer must be .* not 'zz'"),
         ({'gate_layer': 'zz'}, "gate_layer must be .* not 'zz'"),
     ],

@@ -91,11 +91,11 @@ class MultiScaleRecalibration(nn.Module):
             raise ValueError(f'rd_ratio must be a positive number, not {rd_ratio!r}.')
         for name, act in (('act_layer', act_layer), ('gate_layer', gate_layer)):
             try:
-                get_act_layer(act)
+                known = get_act_layer(act)
             except KeyError:
-                raise ValueError(
-                    f"{name} must be a module or timm's name of one, such as 'relu', not {act!r}."
-                ) from None
+                known = None
+            if known is None:
+                raise ValueError(f"{name} must be a module or timm's name of one, such as 'relu', not {act!r}.")
         if strategy not in ('regional', 'sliding'):
             raise ValueError(f"strategy must be 'regional' or 'sliding', not {strategy!r}.")
         self.channels = channels

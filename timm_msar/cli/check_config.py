@@ -97,18 +97,21 @@ def _takes(action: argparse.Action, value: Any) -> bool:
     if action.nargs not in (None, '?'):
         if not isinstance(value, list) or (isinstance(action.nargs, int) and len(value) != action.nargs):
             return False
-        return all(_is_a(action.type, v) for v in value)
+        return all(_is_a(action.type, v, 0) for v in value)
     if isinstance(value, str) and callable(action.type):  # as argparse does it; to YAML 1e-3 is a string
         try:
             value = action.type(value)
         except (TypeError, ValueError, argparse.ArgumentTypeError):
             return False
-    return _is_a(action.type, value) and (action.choices is None or value in action.choices)
+    least = -math.inf if action.dest == 'head_init_bias' else 0  # the only one that may be below 0
+    return _is_a(action.type, value, least) and (action.choices is None or value in action.choices)
 
 
-def _is_a(kind: Any, value: Any) -> bool:
-    """Whether a value is of a type; no option of train.py takes a number below 0."""
+def _is_a(kind: Any, value: Any, least: float) -> bool:
+    """Whether a value is of a type and, if it is a number, finite and no smaller than `least`."""
     allowed: Any = {float: (float, int), int: (int,), str: (str,), None: (str,)}.get(kind)
     if allowed is None:
         return True
-    return isinstance(value, allowed) and not isinstance(value, bool) and (kind in (str, None) or 0 <= value < math.inf)
+    if isinstance(value, bool) or not isinstance(value, allowed):
+        return False
+    return kind in (str, None) or (math.isfinite(value) and value >= least)

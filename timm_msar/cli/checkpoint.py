@@ -223,8 +223,10 @@ def _results(checkpoint: dict[str, Any], args: dict[str, Any], path: Path) -> di
         raise CommandError(f'{path} was never validated (a recovery checkpoint?); give model_best or last.pth.tar')
     row = next((row for row in read_summary(summary) if row['epoch'] == epoch), {})
     results = {key: row[f'eval_{key}'] for key in ('top1', 'top5', 'loss') if f'eval_{key}' in row}
-    if name not in results or not all(math.isfinite(value) for value in results.values()):
+    if name not in results:
         raise CommandError(f'{summary} has no eval_{name} for epoch {epoch}, so there is no result to publish')
+    if infinite := [key for key, value in results.items() if not math.isfinite(value)]:
+        raise CommandError(f'{summary} has eval_{infinite[0]} {results[infinite[0]]} for epoch {epoch}: it diverged')
     if not math.isclose(results[name], metric, rel_tol=1e-6):
         raise CommandError(
             f'{summary} is of another run: it has eval_{name} {results[name]} for epoch {epoch}, '

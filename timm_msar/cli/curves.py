@@ -209,8 +209,9 @@ def draw(groups: Sequence[Curves], output: Path) -> None:
             if len(values) > 1:
                 std = values.std(axis=0, ddof=1)
                 axis.fill_between(group.epochs, mean - std, mean + std, color=color, alpha=0.2, linewidth=0)
-        # most of a run happens close to its end value: a logarithmic axis shows it without a second, enlarged picture
-        axis.set_yscale('log')
+        # Most of a run happens close to its end value: a logarithmic axis, which has no 0, shows it without a second,
+        # enlarged picture.
+        axis.set_yscale('log' if all((values > 0).all() for values in panel) else 'linear')
         for formatter in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
             formatter(FuncFormatter(lambda value, _: f'{value:g}'))
         axis.tick_params(axis='y', which='minor', labelsize=7)

@@ -84,19 +84,21 @@ def main(args: argparse.Namespace) -> None:
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     try:
         device = torch.device(args.device or accelerator or 'cpu')
-        torch.zeros(1, device=device)
+        torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as error:  # PyTorch asserts that it was built with CUDA
         raise CommandError(f'--device {args.device} cannot be used: {first_line(error)}') from error
-    with one_sentence(f'no room on {device} for {args.batch_size} images of {args.img_size} pixels', RuntimeError):
+    no_room = f'no room on {device} for {args.batch_size} images of {args.img_size} pixels'
+    with one_sentence(no_room, RuntimeError):
         images = torch.randn(args.batch_size, 3, args.img_size, args.img_size, device=device)
     memory_format = torch.channels_last if args.channels_last else torch.contiguous_format
     groups = [_group(name) for name in args.network or COUNTERPARTS]
-    contestants = [
-        Contestant(name, make().to(device).to(memory_format=memory_format), args.amp, args.compile)
-        for group in groups
-        for name, make in group
-    ]
-    measure(contestants, images.contiguous(memory_format=memory_format), args.rounds)
+    with one_sentence(no_room, torch.OutOfMemoryError, advice='give a smaller --batch-size'):
+        contestants = [
+            Contestant(name, make().to(device).to(memory_format=memory_format), args.amp, args.compile)
+            for group in groups
+            for name, make in group
+        ]
+        measure(contestants, images.contiguous(memory_format=memory_format), args.rounds)
 
     setting = f'batch {args.batch_size}, {args.img_size} px, {"bfloat16 autocast" if args.amp else "float32"}'
     setting += f', {"channels_last" if args.channels_last else "contiguous"}{", compiled" if args.compile else ""}'
