@@ -14,7 +14,7 @@ import timm_msar  # noqa: F401  registers the networks
 torch.manual_seed(0)
 path = next((argument for argument in sys.argv[1:] if argument != '--random'), 'resnet18_msar.onnx')
 model = timm.create_model('resnet18_msar', pretrained='--random' not in sys.argv, zero_init_last=False).eval()
-dims = {0: torch.export.Dim('batch'), 2: torch.export.Dim('height', min=32), 3: torch.export.Dim('width', min=32)}
+dims = {0: 'batch', 2: 'height', 3: 'width'}
 torch.onnx.export(
     model,
     (torch.randn(2, 3, 224, 224),),

@@ -17,7 +17,6 @@ from typing import SupportsFloat, SupportsIndex
 
 import torch
 from timm.layers import get_act_layer
-from timm.models import register_notrace_module
 from torch import Tensor, nn
 
 from .gate import Gate
@@ -42,7 +41,6 @@ def _check_scales(scales: Sequence[int]) -> list[int]:
     return sorted(scales)
 
 
-@register_notrace_module
 class MultiScaleRecalibration(nn.Module):
     """Multiplies each response by gates computed from the regions around it, at several scales (Sections 3.2, 3.3).
 

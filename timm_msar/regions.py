@@ -33,7 +33,7 @@ def is_known(condition: bool) -> bool:
     """Whether a condition on sizes holds without asking it of a symbol, which would make a graph for each answer."""
     if torch.jit.is_scripting():
         return condition
-    return isinstance(condition, bool | torch.SymBool) and statically_known_true(condition)
+    return isinstance(condition, (bool, torch.SymBool)) and statically_known_true(condition)
 
 
 def count(size: int, scale: int) -> int:
