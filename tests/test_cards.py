@@ -15,6 +15,7 @@ import pytest
 import timm
 from huggingface_hub import ModelCard
 from PIL import Image
+from timm.models import save_for_hf
 from trained_run import CLASSES, make_run
 
 from timm_msar.cli import export
@@ -150,6 +151,15 @@ def test_every_block_of_an_exported_card_runs_and_prints_what_it_says(exported, 
     assert len(lines) == 3 and all(re.fullmatch(r'\w+: [\d.]+ %', line) for line in lines)
     promised = re.findall(r'^    #  (torch.Size\(.*\))$', codes[1], re.MULTILINE)
     assert outputs[1].splitlines() == promised and len(promised) == 3
+
+
+@pytest.mark.parametrize(('channels', 'mode'), [(1, 'L'), (3, 'RGB'), (4, 'RGBA')])
+def test_every_block_opens_the_image_with_the_channels_of_the_network(channels, mode, tmp_path):
+    model = timm.create_model('cifar_resnet20_msar', in_chans=channels)
+    save_for_hf(model, tmp_path, safe_serialization=True, data_config={'input_size': (channels, 24, 32)})
+    card = model_card(f'local-dir:{tmp_path}', 'me/x', training_data({}, 10), {}, '')
+    assert [re.findall(r"\.convert\('(\w+)'\)", code) for code in blocks(card)] == 3 * [[mode]]
+    assert 'Image size: 24 x 32\n' in card
 
 
 def test_without_the_import_timm_does_not_know_the_network(exported, pictures):

@@ -13,6 +13,10 @@ parser.add_argument('--lr', type=float, help='learning rate')
 parser.add_argument('--epochs', type=int, help='number of epochs')
 parser.add_argument('--mean', type=float, nargs='+', help='Mean of the pixels')
 parser.add_argument('--scale', type=float, nargs='+', help='Random resize scale')
+parser.add_argument('--input-size', type=int, nargs=3, help='Input image dimensions')
+parser.add_argument('--head-init-bias', type=float, help='Head initialization bias value')
+parser.add_argument('--amp-impl', type=str, default='native', choices=['native', 'apex'], help='AMP implementation')
+parser.add_argument('--sync', type=str, nargs='?', const='all', help='what to synchronise')
 parser.add_argument('--color-jitter', type=float, default=0.4, help='Color jitter factor')
 parser.add_argument('--opt', default='sgd', type=str, help='Optimizer')
 parser.add_argument('--sched', type=str, default='cosine', help='LR scheduler')
@@ -31,6 +35,7 @@ def check(tmp_path, text):
 
 def test_a_config_that_train_py_takes(tmp_path, capsys):
     text = 'model: cifar_resnet20_msar\nlr: 1e-3\nepochs: null\ncolor_jitter: null\nscale: [0.6, 1]\namp: true\n'
+    text += 'input_size: [3, 32, 32]\namp_impl: apex\nsync: all\nhead_init_bias: -6.9\n'
     text += 'opt: lookahead_fusedlamb\nsched: multistep\nmodel_kwargs: {scales: [1]}'
     assert check(tmp_path, text) == 0
     assert 'config.yaml: train.py takes every key' in capsys.readouterr().out
@@ -48,6 +53,13 @@ def test_a_config_that_train_py_takes(tmp_path, capsys):
         ('epochs: 1.5', 'epochs cannot be 1.5: number of epochs'),
         ('epochs: -1', 'epochs cannot be -1: number of epochs'),
         ('scale: 0.5', 'scale cannot be 0.5: Random resize scale'),
+        ('input_size: [3, 32]', 'input_size cannot be [3, 32]: Input image dimensions'),
+        ('input_size: [3, 32, 32, 32]', 'input_size cannot be [3, 32, 32, 32]: Input image dimensions'),
+        ('input_size: [3, 32, a]', "input_size cannot be [3, 32, 'a']: Input image dimensions"),
+        ('head_init_bias: .nan', 'head_init_bias cannot be nan: Head initialization bias value'),
+        ('amp_impl: none', "amp_impl cannot be 'none': AMP implementation"),
+        ('sync: [all]', "sync cannot be ['all']: what to synchronise"),
+        ('model_kwargs: scales', "model_kwargs cannot be 'scales'"),
         ('scale: [0.5, -1]', 'scale cannot be [0.5, -1]: Random resize scale'),
         ('amp: 1', 'amp cannot be 1: use mixed precision'),
         ('model: 5', 'model cannot be 5: Name of model to train'),

@@ -142,14 +142,21 @@ def test_the_shipped_weights(photo, tmp_path, capsys):
 
 
 def test_checkpoints(photo, tmp_path, capsys):
-    path, name = make_run(tmp_path), 'cifar_resnet20_msar'
+    path, name = make_run(tmp_path, input_size=[3, 24, 40], crop_pct=0.6), 'cifar_resnet20_msar'
     assert run(photo, '--model', name, '--checkpoint', path, '--output', tmp_path / '1.png') == 0
     out = capsys.readouterr().out
     assert any(f': {label} (' in out for label in CLASSES)  # from the folder that it was trained on
-    save_file(timm.create_model(name, num_classes=10).state_dict(), tmp_path / 'weights.safetensors')
+    model = timm.create_model(name, num_classes=3).eval()
+    model.load_state_dict(weights(path))
+    mean, std = (0.219,) * 3, (0.332,) * 3
+    transform = timm.data.create_transform((3, 24, 40), crop_pct=0.6, mean=mean, std=std)
+    seen = gate_pictures.look(model, transform(Image.fromarray(COLORS))[None], mean, std, CLASSES)
+    gate_pictures.save(gate_pictures.picture(seen, f'photo.png, {name}'), tmp_path / 'expected.png')
+    np.testing.assert_array_equal(Image.open(tmp_path / '1.png'), Image.open(tmp_path / 'expected.png'))
+
+    save_file(timm.create_model(name, num_classes=10).state_dict(), tmp_path / 'all.safetensors')
     assert (
-        run(photo, '--model', name, '--checkpoint', tmp_path / 'weights.safetensors', '--output', path.parent / '2')
-        == 0
+        run(photo, '--model', name, '--checkpoint', tmp_path / 'all.safetensors', '--output', tmp_path / '2.png') == 0
     )
     assert ': class ' in capsys.readouterr().out
 

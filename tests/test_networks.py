@@ -6,6 +6,8 @@ import pytest
 import timm
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
+from timm.layers import BlurPool2d
 from timm.models import group_parameters, save_for_hf
 
 import timm_msar
@@ -39,6 +41,20 @@ def test_the_names_of_the_design():
     }
 
 
+def test_images_are_prepared_as_for_the_plain_network():
+    for tag in timm.list_pretrained('resne*_msar*'):
+        cfg = timm.get_pretrained_cfg(tag)
+        source = timm.get_pretrained_cfg(cfg.hf_hub_id.removeprefix('timm/'))
+        for field in ('test_input_size', 'test_crop_pct', 'pool_size', 'crop_mode'):
+            assert getattr(cfg, field) == getattr(source, field), (tag, field)
+        if timm.get_pretrained_cfg(cfg.architecture).tag == cfg.tag:  # without a tag both have the same weights
+            assert timm.get_pretrained_cfg(source.architecture).tag == source.tag
+    for name in NAMES:
+        if name.startswith('cifar'):
+            cfg = timm.get_pretrained_cfg(name)  # of CIFAR-10, as most have it
+            assert (cfg.mean, cfg.std) == ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)), name
+
+
 @pytest.mark.parametrize('name', [n for n in NAMES if n.endswith('_msar')])
 def test_a_layer_in_every_block(name):
     model = create(name, device='meta')
@@ -68,6 +84,13 @@ def test_multi_level_gates_see_every_feature_fed_to_the_layer():
     layers = layers_of(create('cifar_densenet100_msar', device='meta'))
     assert [layer.source_channels for layer in layers[:3]] == [24, 36, 48]
     assert all(layer.channels == 12 for layer in layers)
+
+
+def test_the_activations_of_a_gate_are_those_asked_for():
+    layer = MultiScaleRecalibration(8, scales=(1,), act_layer=nn.SiLU, gate_layer='hard_sigmoid').eval()
+    gate, x = layer.scale['1'], torch.randn(2, 8, 4, 4)
+    hidden = F.silu(gate.bn1(gate.fc1(x.mean((2, 3), keepdim=True))))
+    torch.testing.assert_close(layer(x), x * F.hardsigmoid(gate.bn2(gate.fc2(hidden))))
 
 
 def test_the_gate_recalibrates_the_second_convolution():
@@ -149,6 +172,9 @@ def test_pruned_to_a_feature(name):
         out = create(name).eval()
         out.prune_intermediate_layers([index])
         assert torch.equal(out.forward_intermediates(x, indices=[index], intermediates_only=True)[0], expected[index])
+    whole = create(name).eval()
+    whole.prune_intermediate_layers([index], prune_head=False)
+    assert torch.equal(whole(x), model(x))
     with pytest.raises((ValueError, AssertionError), match='ind'):
         model.forward_intermediates(x, indices=[9])
 
@@ -177,6 +203,44 @@ def test_drop_rates_act_in_training_alone():
     assert rates == pytest.approx([0.4 * i / 8 for i in range(1, 9)])
 
 
+def test_dropout_is_of_what_the_classifier_sees_or_of_new_features_behind_their_gates():
+    def are_half(out, expected):
+        kept = out != 0
+        return torch.equal(out[kept], 2 * expected[kept]) and 0.4 < kept.float().mean() < 0.6
+
+    for name, kwargs in (('cifar_resnet20_msar', {}), ('cifar_densenet100_msar', {'depth': 2})):
+        x = images(name, batch=8)[..., :16, :16]
+        model, whole = (create(name, drop_rate=rate, **kwargs).train() for rate in (0.5, 0))
+        features = model.forward_features(x)
+        assert torch.equal(features, whole.forward_features(x))
+        assert are_half(model.forward_head(features, pre_logits=True), whole.forward_head(features, pre_logits=True))
+    kwargs = {'depth': 1, 'multi_level': False}  # these gates would see what is dropped before them
+    model, whole = (create('cifar_densenet100_msar', proj_drop_rate=rate, **kwargs).train() for rate in (0.5, 0))
+    x = torch.randn(2, 24, 16, 16)
+    out, expected = model.stages[0](x), whole.stages[0](x)
+    assert torch.equal(out[:, :24], x) and are_half(out[:, 24:], expected[:, 24:])
+
+
+@pytest.mark.parametrize(
+    'kwargs', [{'drop_path_rate': 0.5}, {'drop_block_rate': 0.2}, {'aa_layer': BlurPool2d}], ids=lambda k: next(iter(k))
+)
+def test_a_bottleneck_block_has_every_layer_of_timms(kwargs):
+    def output(model):
+        torch.manual_seed(1)
+        return model.train()(torch.randn(4, 3, 128, 128))
+
+    given = {'layers': (1, 1, 1, 1), 'zero_init_last': False}
+    source, model, without = (
+        create('resnet50', **given, **kwargs),
+        create('resnet50_msar', **given, **kwargs),
+        create('resnet50_msar', **given),
+    )
+    model.load_state_dict(source.state_dict())  # gates of 0.5, also in training
+    without.load_state_dict(source.state_dict(), strict=False)
+    assert torch.equal(output(model), output(source))
+    assert not torch.equal(output(model), output(without))
+
+
 def test_a_caller_can_override_the_sizes_of_a_network():
     model = create('cifar_resnet20_msar', layers=(1, 2, 1), channels=(8, 8, 16), drop_path_rate=0.3)
     assert [len(stage) for stage in model.stages] == [1, 2, 1]
@@ -188,13 +252,18 @@ def test_a_caller_can_override_the_sizes_of_a_network():
 
 
 @pytest.mark.parametrize('name', SMALL)
-def test_gradient_checkpointing_changes_nothing(name):
+def test_gradient_checkpointing_computes_every_block_twice_and_the_same(name):
     x = images(name)
-    gradients = []
+    gradients, calls = [], []
     for enable in (False, True):
         model = create(name).train()
+        for layer in layers_of(model):
+            layer.register_forward_pre_hook(lambda *_: calls.append(1))
         model.set_grad_checkpointing(enable)
-        model(x).square().mean().backward()
+        for out in (model(x), model.forward_intermediates(x, intermediates_only=True)[-1]):
+            calls.clear()
+            out.square().mean().backward()
+            assert len(calls) == enable * len(layers_of(model))
         gradients.append([p.grad for p in model.parameters()])
     for a, b in zip(*gradients):
         torch.testing.assert_close(a, b)
@@ -213,11 +282,15 @@ def test_parameter_groups_follow_the_blocks(name):
     assert len(set(coarse.values())) == stages + 2  # the stem and the head
 
 
-@pytest.mark.parametrize('name', SMALL)
-def test_fx(name):
-    model = create(name).eval()
+@pytest.mark.parametrize(
+    ('name', 'strategy'), [*((name, 'regional') for name in SMALL), ('cifar_resnet20_msar', 'sliding')]
+)
+def test_fx(name, strategy):
+    model = create(name, strategy=strategy).eval()
     x = images(name)
-    assert torch.equal(torch.fx.symbolic_trace(model)(x), model(x))
+    traced = torch.fx.symbolic_trace(model)
+    for size in (x, x[..., :24, :20]):
+        assert torch.equal(traced(size), model(size))
 
 
 @pytest.mark.parametrize('name', ['cifar_resnet20_msar', 'resnet18_msar'])
@@ -243,6 +316,8 @@ def test_device_and_dtype(name):
     model = create(name, device='meta', dtype=torch.bfloat16)
     tensors = [*model.parameters(), *(b for b in model.buffers() if b.is_floating_point())]
     assert all(t.device.type == 'meta' and t.dtype == torch.bfloat16 for t in tensors)
+    model.reset_classifier(3)
+    assert all(p.device.type == 'meta' and p.dtype == torch.bfloat16 for p in model.get_classifier().parameters())
     out = create(name, dtype=torch.bfloat16).eval()(images(name).bfloat16())
     assert out.dtype == torch.bfloat16
     assert out.isfinite().all()

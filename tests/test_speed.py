@@ -1,6 +1,8 @@
 """`timm-msar speed` times the real networks, in turn, and prints medians."""
 
 import re
+from collections import Counter
+from functools import partial
 
 import pytest
 import timm
@@ -8,6 +10,12 @@ import torch
 
 from timm_msar import cli
 from timm_msar.cli.speed import COUNTERPARTS, Contestant, FigureTwo, kept_for_backward, measure, operators
+
+
+@pytest.fixture
+def shallow(monkeypatch):
+    """Networks of one block a stage, which are made and run sooner."""
+    monkeypatch.setattr(timm, 'create_model', partial(timm.create_model, layers=(1, 1, 1, 1)))
 
 
 def contestant(name='cifar_resnet20_msar', **kwargs):
@@ -78,7 +86,7 @@ def test_figure_two_is_the_layer_where_regions_are_equal():
     torch.testing.assert_close(drawn(x), ours(x))
 
 
-def test_table_gives_medians_of_times_and_of_ratios_to_timms_se_network_within_a_round(monkeypatch, capsys):
+def test_table_gives_medians_of_times_and_of_ratios_to_timms_se_network_within_a_round(shallow, monkeypatch, capsys):
     def measured(contestants, images, rounds):
         for one in contestants:
             one.inference, one.training = [0.002, 0.001, 0.5], [0.02, 0.01, 0.5]
@@ -87,29 +95,63 @@ def test_table_gives_medians_of_times_and_of_ratios_to_timms_se_network_within_a
                 one.inference, one.training = [0.003, 0.001, 0.9], [0.9, 0.0242, 0.001]
 
     monkeypatch.setattr('timm_msar.cli.speed.measure', measured)
-    assert cli.main(['speed', 'resnet18_msar', '--device', 'cpu', '--rounds', '3', '--batch-size', '2']) == 0
+    assert cli.main(['speed', '--device', 'cpu', '--rounds', '3', '--batch-size', '2']) == 0
     out = capsys.readouterr().out
     assert 'batch 2, 224 px, float32, channels_last, medians of times and of ratios in 3 rounds, on cpu' in out
     assert '| seresnet18 | 2.0 | 1.00 | 20.0 | 1.00 | 2 | 88 |' in out
     assert '| resnet18_msar | 3.0 | 1.50 | 24.2 | 2.42 | 2 | 88 |' in out
+    assert rows_of(out) == [row for name in COUNTERPARTS for row in group_of(name)]
 
 
-def test_command_times_every_network(capsys):
-    options = ['--contiguous', '--amp', '--device', 'cpu', '--rounds', '1', '--batch-size', '2', '--img-size', '64']
-    assert cli.main(['speed', *options]) == 0
+def rows_of(table):
+    return re.findall(r'^\| (\w*res.*?) \|(?: [\d.]+ \|){6}$', table, re.M)
+
+
+def group_of(name):
+    return [*COUNTERPARTS[name], f'{name}, scales=[1]', name, f'{name}, Figure 2']
+
+
+@pytest.mark.parametrize(
+    ('options', 'setting', 'dtype', 'memory_format'),
+    [
+        (['--amp', '--contiguous'], 'bfloat16 autocast, contiguous', torch.bfloat16, torch.contiguous_format),
+        (['--compile'], 'float32, channels_last, compiled', torch.float32, torch.channels_last),
+    ],
+    ids=['amp and contiguous', 'compile'],
+)
+def test_every_call_of_every_network_is_as_the_options_say(
+    options, setting, dtype, memory_format, shallow, monkeypatch, capsys
+):
+    calls = Counter()
+
+    def compiled(model):  # what it does, without minutes of compiling
+        model = torch.nn.Sequential(model)
+        model.register_forward_hook(lambda model, *_: calls.update([('compiled', model.training)]))
+        return model
+
+    def note(module, inputs, output):
+        if getattr(module, 'kernel_size', None) == (7, 7) and len(output) == 2:  # operators are counted of one image
+            formats = {x.is_contiguous(memory_format=memory_format) for x in (inputs[0], module.weight)}
+            calls.update([(module.training, output.dtype, *formats)])
+
+    monkeypatch.setattr(torch, 'compile', compiled)
+    command = ['speed', 'resnet18_msar', '--device', 'cpu', '--rounds', '1', '--batch-size', '2', '--img-size', '64']
+    with torch.nn.modules.module.register_module_forward_hook(note):
+        assert cli.main([*command, *options]) == 0
+    # Five networks, twice in inference and three times in training, of which the first calls do not count.
+    expected = {(False, dtype, True): 10, (True, dtype, True): 15}
+    if '--compile' in options:
+        expected |= {('compiled', False): 10, ('compiled', True): 15}
+    assert calls == expected
     out = capsys.readouterr().out
-    rows = re.findall(r'^\| (\w*res\w+)(.*?) \|(?: [\d.]+ \|){6}$', out, re.M)
-    ours = ((', scales=[1]', ''), ('', ''), (', Figure 2', ''))
-    expected = []
-    for name, plain_and_se in COUNTERPARTS.items():
-        expected += [(other, '') for other in plain_and_se] + [(name, suffix) for suffix, _ in ours]
-    assert rows == expected
-    assert 'bfloat16 autocast, contiguous' in out
+    assert f'batch 2, 64 px, {setting}, medians of' in out
+    assert rows_of(out) == group_of('resnet18_msar')
 
 
 @pytest.mark.parametrize(
     ('arguments', 'message'),
     [
+        (['--device', 'meta'], '--device meta cannot be used: '),
         (['--device', 'gpu'], '--device gpu cannot be used: Expected one of cpu'),
         (['--batch-size', '9' * 14, '--device', 'cpu'], f'no room on cpu for {"9" * 14} images of 224 pixels: '),
         (['resnet18'], 'resnet18 is not among the networks compared, resnet18_msar, resnet34_msar'),

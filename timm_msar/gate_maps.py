@@ -93,4 +93,4 @@ def _share_over_space(z: Tensor) -> float:
     # A variance does not change by what is subtracted. Equal gates are exactly 0 then, and so is their variance.
     over_space = (z - z[:, :, :1]).var(2, correction=0).mean(0).sum()
     total = (z - z[:1, :, :1]).var((0, 2), correction=0).sum()
-    return (over_space / total).item() if total > 0 else 0.0
+    return 0.0 if total == 0 else (over_space / total).item()

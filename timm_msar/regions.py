@@ -25,7 +25,7 @@ def is_exporting() -> bool:
 
 
 def is_number(size: int) -> bool:
-    """Whether a size is a number, no symbol for the sizes of other maps. Of an exported program none counts as one."""
+    """Whether a size is a plain int, not a symbol that stands for other sizes too. In an export none is."""
     return isinstance(size, int) and not is_exporting()
 
 
@@ -109,7 +109,7 @@ def recalibrate(x: Tensor, z: list[Tensor], scales: list[int], matrix: Tensor | 
         rows = torch.cat([z_k.flatten(2).transpose(1, 2) for z_k in z], 1)
         cols = matrix.expand(x.shape[0], -1, -1)
         left, right = (cols.transpose(1, 2), rows) if channels_last else (rows.transpose(1, 2), cols)
-        # Multiplied by 1/L after the sum, 0.5 is exact in TF32, too, which a warm start needs.
+        # Multiplied by 1/L after the sum, 0.5 is exact in TF32, too, which a warm start needs. beta=0 adds nothing.
         gates = torch.baddbmm(x.new_empty(1, 1, 1), left, right, beta=0, alpha=1 / len(scales))
         gates = gates.transpose(1, 2) if channels_last else gates
         return x * gates.view(x.shape[0], gates.shape[1], height, width)

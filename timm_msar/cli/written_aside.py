@@ -1,5 +1,6 @@
 """Write a file or folder under another name, and give it its own name only when it is whole."""
 
+import errno
 import os
 import secrets
 import shutil
@@ -33,8 +34,10 @@ def written_aside(path: Path) -> Iterator[Path]:
         CommandError: It is whole but cannot be put in place. It is kept then; the text says where.
     """
     path = Path(os.path.realpath(path))
-    with suppress(FileExistsError):  # where it is a file, making `aside` fails
-        path.parent.mkdir(parents=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except FileExistsError as error:
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path.parent)) from error
     for lock in path.parent.glob(f'{ASIDE}*.lock'):  # of a process that was killed, or still writes
         with suppress(OSError, Timeout), _cleared(lock.with_suffix('')):
             pass
