@@ -277,12 +277,6 @@ def test_the_convolutions_are_called_as_modules():
     assert all(conv.weight_orig.grad is not None for conv in convs)
 
 
-def test_every_norm_is_converted_to_sync_batch_norm():
-    layer = convert_sync_batchnorm(MultiScaleRecalibration(8))
-    assert sum(isinstance(m, nn.SyncBatchNorm) for m in layer.modules()) == 6
-    assert not any(isinstance(m, nn.BatchNorm2d) for m in layer.modules())
-
-
 @pytest.mark.parametrize('name', ['resnet18', 'resnet50', 'resnext50_32x4d', 'ecaresnet26t'])
 def test_timm_takes_the_layer_for_any_of_its_resnets(name):
     model = timm.create_model(name, block_args={'attn_layer': MultiScaleRecalibration}, num_classes=3)

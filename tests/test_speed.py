@@ -34,8 +34,8 @@ def test_networks_are_timed_in_turn(monkeypatch):
         monkeypatch.setattr(Contestant, what, recorded)
     both = [contestant('cifar_resnet20'), contestant()]
     measure(both, torch.randn(2, 3, 32, 32), rounds=2)
-    one_round = [(what, one.name) for what in ('infer', 'train') for one in both]
-    assert order[-8:] == 2 * one_round
+    turns = both, both[::-1]  # each round another one is the first
+    assert order[-8:] == [(what, one.name) for what in ('infer', 'train') for turn in turns for one in turn]
     for one in both:
         assert all(len(seconds) == 2 and min(seconds) > 0 for seconds in (one.inference, one.training))
 

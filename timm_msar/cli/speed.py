@@ -178,11 +178,19 @@ def measure(contestants: list[Contestant], images: Tensor, rounds: int) -> None:
         one.train(images)
         one.memory = kept_for_backward(one, images)
         one.operators = operators(one.eager, images[:1])
-    for _ in tqdm(range(rounds), desc='Timing', unit=' rounds'):
-        for one in contestants:
+    # Apart, since an inference after training finds caches and memory as nobody who only infers does.
+    for number in tqdm(range(rounds), desc='Inference', unit=' rounds'):
+        for one in _from(number, contestants):
             one.inference.append(_seconds(one.infer, images))
-        for one in contestants:
+    for number in tqdm(range(rounds), desc='Training', unit=' rounds'):
+        for one in _from(number, contestants):
             one.training.append(_seconds(one.train, images))
+
+
+def _from(number: int, contestants: list[Contestant]) -> list[Contestant]:
+    """All of them, from another one on in each round, so that none always comes after the same."""
+    first = number % len(contestants)
+    return contestants[first:] + contestants[:first]
 
 
 def kept_for_backward(one: Contestant, images: Tensor) -> int:
