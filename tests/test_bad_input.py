@@ -93,7 +93,7 @@ def test_arguments_of_odd_types(copied):
         torch.save({**good, 'args': argparse.Namespace(**{**vars(good['args']), **changed})}, copied)
         with count.case():
             trained = load_trained(copied)
-            config = export._data_config(trained, copied)
+            config = export._usable_data_config(trained, copied)
             training_data(trained.args, 3)
             assert all(value > 0 for value in config['std']) and 0 < config['crop_pct'] <= 1
             assert config['interpolation'] in ('bilinear', 'bicubic') and len(config['mean']) == config['input_size'][0]

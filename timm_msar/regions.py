@@ -74,8 +74,8 @@ def region_matrix(x: Tensor, scales: list[int]) -> Tensor:
         rows = cols = regions(x.shape[2], k, x)
         if not is_known(x.shape[2] == x.shape[3]):
             cols = regions(x.shape[3], k, x)
-        cube = rows[:, None, :, None] * cols[:, None, :]  # torch.kron takes sizes for numbers
-        matrices.append(cube.flatten(2).flatten(0, 1))
+        pairs = rows[:, None, :, None] * cols[:, None, :]  # torch.kron takes sizes for numbers
+        matrices.append(pairs.flatten(2).flatten(0, 1))
     return torch.cat(matrices)
 
 
@@ -107,8 +107,8 @@ def recalibrate(x: Tensor, z: list[Tensor], scales: list[int], matrix: Tensor | 
     channels_last = x.stride(1) == 1 and x.shape[1] > 1  # is_contiguous cannot be asked under vmap
     if matrix is not None:
         rows = torch.cat([z_k.flatten(2).transpose(1, 2) for z_k in z], 1)
-        cols = matrix.expand(x.shape[0], -1, -1)
-        left, right = (cols.transpose(1, 2), rows) if channels_last else (rows.transpose(1, 2), cols)
+        matrix = matrix.expand(x.shape[0], -1, -1)
+        left, right = (matrix.transpose(1, 2), rows) if channels_last else (rows.transpose(1, 2), matrix)
         # Multiplied by 1/L after the sum, 0.5 is exact in TF32, too, which a warm start needs. beta=0 adds nothing.
         gates = torch.baddbmm(x.new_empty(1, 1, 1), left, right, beta=0, alpha=1 / len(scales))
         gates = gates.transpose(1, 2) if channels_last else gates
@@ -125,10 +125,10 @@ def recalibrate(x: Tensor, z: list[Tensor], scales: list[int], matrix: Tensor | 
     # Spread along the width only: the product below broadcasts along the height, and would be slow along both.
     if k not in (1, width):
         gates = gates.repeat_interleave(width // k, dim + 1)
-    cube = (x.unflatten(dim, (k, height // k)) * gates.unsqueeze(dim + 1)).flatten(dim, dim + 1)
-    cube = cube.permute(0, 3, 1, 2) if channels_last else cube
+    x = (x.unflatten(dim, (k, height // k)) * gates.unsqueeze(dim + 1)).flatten(dim, dim + 1)
+    x = x.permute(0, 3, 1, 2) if channels_last else x
     if torch.jit.is_scripting():
-        return cube
+        return x
     # Residual blocks add to the result in place. Under autograd that would hide the gradient of a view from hooks on
     # it, and this view of the whole is no view to autograd.
-    return torch.unsafe_chunk(cube, 1, dim=1)[0] if torch.is_grad_enabled() else cube
+    return torch.unsafe_chunk(x, 1, dim=1)[0] if torch.is_grad_enabled() else x

@@ -21,11 +21,11 @@ def sliding_means(x: Tensor, scales: list[int]) -> list[Tensor]:
     means: list[Tensor] = []
     height, width = x.shape[2], x.shape[3]
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    cube = wide.flatten(0, 1)
+    maps = wide.flatten(0, 1)
     for scale in scales:
         rows = mean_matrix(windows(height, height * width, scale, wide))
         cols = mean_matrix(windows(width, height * width, scale, wide))
-        y = torch.bmm(rows.expand(cube.shape[0], -1, -1), cube)
-        y = torch.bmm(y, cols.T.expand(cube.shape[0], -1, -1))
+        y = torch.bmm(rows.expand(maps.shape[0], -1, -1), maps)
+        y = torch.bmm(y, cols.T.expand(maps.shape[0], -1, -1))
         means.append(y.view(x.shape).to(x.dtype))
     return means
