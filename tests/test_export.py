@@ -392,7 +392,6 @@ def test_the_average_must_be_there_and_the_output_must_not(copied, tmp_path):
 
 LIMITED = """
 import argparse, pathlib, resource, sys
-from timm_msar import cli
 from timm_msar.cli import export
 from timm_msar.cli.errors import CommandError
 

@@ -23,6 +23,7 @@ from .checkpoint import Trained, load_trained
 from .data_config import data_config
 from .errors import CommandError, first_line, one_sentence
 from .model_card import as_markdown, model_card
+from .photo import MODES
 from .training_data import training_data
 from .written_aside import written_aside
 
@@ -125,7 +126,7 @@ def _usable_data_config(trained: Trained, checkpoint: Path) -> dict[str, Any]:
     """What timm's transform needs to know about the images, from the arguments, after transforming one."""
     try:
         config = data_config(trained.args, trained.model)
-        image = Image.new({1: 'L', 4: 'RGBA'}.get(config['input_size'][0], 'RGB'), (50, 40))
+        image = Image.new(MODES.get(config['input_size'][0], 'RGB'), (50, 40))
         usable = create_transform(**config)(image).shape == tuple(config['input_size'])
     except Exception as error:  # timm and torchvision have no common class for values that they cannot use
         raise CommandError(

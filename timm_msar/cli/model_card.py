@@ -12,6 +12,7 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from ..recalibration import MultiScaleRecalibration
 from .multiply_adds import multiply_adds
+from .photo import MODES
 from .training_data import TrainingData
 
 IMAGE_URL = 'https://huggingface.co/datasets/huggingface/documentation-images/resolve/main/beignets-task-guide.png'
@@ -85,7 +86,7 @@ def model_card(
         'sha256': sha256,
         'model_id': repr(model_id),
         'image_url': IMAGE_URL,
-        'image_mode': {1: 'L', 4: 'RGBA'}.get(in_chans, 'RGB'),
+        'image_mode': MODES.get(in_chans, 'RGB'),
         'topk': str(min(5, model.num_classes)),
         'feature_shapes': '\n'.join(f'    #  torch.Size({list(shape)})' for shape in shapes),
         'unpooled_shape': tuple(unpooled),

@@ -92,13 +92,15 @@ def main(args: argparse.Namespace) -> None:
         images = torch.randn(args.batch_size, 3, args.img_size, args.img_size, device=device)
     memory_format = torch.channels_last if args.channels_last else torch.contiguous_format
     groups = [_group(name) for name in args.network or COUNTERPARTS]
-    with one_sentence(no_room, torch.OutOfMemoryError, advice='give a smaller --batch-size'):
+    try:
         contestants = [
             Contestant(name, make().to(device).to(memory_format=memory_format), args.amp, args.compile)
             for group in groups
             for name, make in group
         ]
         measure(contestants, images.contiguous(memory_format=memory_format), args.rounds)
+    except torch.OutOfMemoryError as error:  # not one_sentence, which would call every ValueError a lack of room
+        raise CommandError(f'{no_room}: {first_line(error)}; give a smaller --batch-size') from error
 
     setting = f'batch {args.batch_size}, {args.img_size} px, {"bfloat16 autocast" if args.amp else "float32"}'
     setting += f', {"channels_last" if args.channels_last else "contiguous"}{", compiled" if args.compile else ""}'
