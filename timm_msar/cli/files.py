@@ -1,0 +1,42 @@
+"""Files that a person names: read only what is a file, and write all of it or nothing."""
+
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from .errors import CommandError
+
+
+def regular_file(path: Path) -> Path:
+    """Return `path` if it is a file. A fifo would be waited for without end.
+
+    Raises:
+        CommandError: There is no such file, or it is a folder or something else.
+    """
+    if not path.is_file():
+        raise CommandError(f'{path} is not a file' if os.path.lexists(path) else f'there is no file {path}')
+    return path
+
+
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """Give a name to write a file or a folder under. It gets its own name, `path`, when the block ends without an error.
+
+    Until then it is in a hidden folder beside `path`, which only a killed process leaves behind.
+
+    Args:
+        path: The final name. A file there is replaced. A folder there must be empty.
+
+    Yields:
+        A name that does not exist yet, on the same file system.
+
+    Raises:
+        OSError: It cannot be written.
+    """
+    path = Path(os.path.realpath(path))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix='.timm-msar-', dir=path.parent, ignore_cleanup_errors=True) as aside:
+        yield Path(aside) / path.name
+        os.replace(Path(aside) / path.name, path)
