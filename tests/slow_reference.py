@@ -34,31 +34,37 @@ def coordinate_sets(height, width, scale, strategy):
     return sets, [index[h, w] for h in range(height) for w in range(width)]
 
 
-def batch_norm(vectors, bn, training):
-    """Batch norm of vectors (N, C), with the statistics of the batch or, for evaluation or one vector, running ones."""
-    if training and len(vectors) > 1:
+def batch_norm(vectors, bn, channels, training):
+    """Batch norm of vectors (N, C), the `channels` of a norm, with the statistics of the batch or, in evaluation, running
+    ones."""
+    if training:
         mean, var = vectors.mean(0), vectors.var(0, unbiased=False)
     else:
-        mean, var = bn.running_mean.double(), bn.running_var.double()
-    return (vectors - mean) / torch.sqrt(var + bn.eps) * bn.weight.double() + bn.bias.double()
+        mean, var = bn.running_mean[channels].double(), bn.running_var[channels].double()
+    return (vectors - mean) / torch.sqrt(var + bn.eps) * bn.weight[channels].double() + bn.bias[channels].double()
 
 
 def gates(layer, x, source=None):
     """Z of Eq. (2) for x, (B, D, H, W), in float64."""
     source = (x if source is None else source).double()
     batch, _, height, width = source.shape
+    gate = layer.gate[0]
     z = 0
-    for scale in layer.scales:
+    for number, scale in enumerate(layer.scales):
         sets, index = coordinate_sets(height, width, scale, layer.strategy)
         y = []
         for image in source:
             for members in sets:
                 rows, cols = zip(*members)
                 y.append(image[:, rows, cols].sum(-1) / len(members))
-        gate = layer.scale[str(scale)]
-        omega1, omega2 = gate.fc1.weight.double()[:, :, 0, 0], gate.fc2.weight.double()[:, :, 0, 0]
-        hidden = torch.relu(batch_norm(torch.stack(y) @ omega1.T, gate.bn1, layer.training))
-        z_k = torch.sigmoid(batch_norm(hidden @ omega2.T, gate.bn2, layer.training))
+        # A scale has the channels of its own group, and with them weights of its own.
+        hidden_width, out_width = gate.fc1.out_channels // len(layer.scales), layer.channels
+        hidden_channels = slice(number * hidden_width, (number + 1) * hidden_width)
+        out_channels = slice(number * out_width, (number + 1) * out_width)
+        omega1 = gate.fc1.weight.double()[hidden_channels, :, 0, 0]
+        omega2 = gate.fc2.weight.double()[out_channels, :, 0, 0]
+        hidden = torch.relu(batch_norm(torch.stack(y) @ omega1.T, gate.bn1, hidden_channels, layer.training))
+        z_k = torch.sigmoid(batch_norm(hidden @ omega2.T, gate.bn2, out_channels, layer.training))
         z_k = z_k.reshape(batch, len(sets), -1)[:, index]
         z = z + z_k.transpose(1, 2).reshape(batch, -1, height, width)
     return z / len(layer.scales)

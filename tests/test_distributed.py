@@ -18,7 +18,6 @@ from timm.utils import distribute_bn
 from torch.nn.parallel import DistributedDataParallel
 
 import timm_msar
-from timm_msar.gate import GateNorm
 
 RECIPE = Path(__file__).parents[1] / 'train_configs' / 'cifar_resnet.yaml'
 NETS = ('cifar_resnet20_msar', 'cifar_densenet100_msar')
@@ -111,8 +110,8 @@ def test_buffers_are_reduced_in_step(two_processes):
     """train.py's --dist-bn reduce: the mean over the processes, for the gates' norms as for all others."""
     own = [found['own buffers'] for found in two_processes]
     means = {name: (own[0][name] + own[1][name]) / 2 for name in own[0] if 'running' in name}
-    gates = [name for name in means if '.scale.' in name]
-    assert len(gates) == 9 * 3 * 2 * 2  # blocks, scales, norms, buffers
+    gates = [name for name in means if '.gate.' in name]
+    assert len(gates) == 9 * 2 * 2  # blocks, norms, buffers
     assert all(not torch.equal(own[0][name], own[1][name]) for name in gates)
     for found in two_processes:
         reduced = {name: buffer for name, buffer in found['reduced buffers'].items() if 'running' in name}
@@ -124,8 +123,8 @@ def test_sync_bn_converts_every_gate(name):
     """By type: PyTorch's SyncBatchNorm synchronises on GPUs only, so its training step cannot run here."""
     model = timm.create_model(name)
     gates = [m for m in model.modules() if isinstance(m, timm_msar.MultiScaleRecalibration)]
-    norms = sum(isinstance(m, GateNorm) for gate in gates for m in gate.modules())
-    assert norms == len(gates) * 3 * 2 > 0
+    norms = sum(type(m) is nn.BatchNorm2d for gate in gates for m in gate.modules())
+    assert norms == len(gates) * 2 > 0
     images = torch.randn(2, *model.pretrained_cfg['input_size'], generator=torch.Generator().manual_seed(0))[
         ..., :64, :64
     ]
@@ -135,7 +134,7 @@ def test_sync_bn_converts_every_gate(name):
         assert torch.equal(model.eval()(images), before)
     gates = [m for m in model.modules() if isinstance(m, timm_msar.MultiScaleRecalibration)]
     assert sum(isinstance(m, nn.SyncBatchNorm) for gate in gates for m in gate.modules()) == norms
-    assert not any(isinstance(m, (nn.BatchNorm2d, GateNorm)) for m in model.modules())
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in model.modules())
 
 
 class Trainer:

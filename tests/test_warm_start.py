@@ -8,6 +8,7 @@ from safetensors.torch import save_file
 from timm.models import load_checkpoint
 from timm.optim import create_optimizer_v2
 from timm.utils import reparameterize_model
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
 from timm_msar import MultiScaleRecalibration, start_from_plain
 
@@ -57,7 +58,7 @@ def test_the_same_logits_to_the_last_bit(name):
 
 
 @pytest.mark.parametrize('precision', ['highest', 'medium'])
-@pytest.mark.parametrize('scales', [(1, 2, 4), (1, 2, 3, 4, 5)], ids=str)
+@pytest.mark.parametrize('scales', [(1, 2, 4), (1, 2, 3, 4, 6, 12)], ids=str)
 @pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last], ids=str)
 def test_a_closed_gate_is_one_half_in_any_precision_of_products(scales, precision, memory_format):
     """timm's scripts have float32 products in TF32 on a GPU; processors with bfloat16 products round alike."""
@@ -106,7 +107,7 @@ def test_another_class_count_and_channels_adapt_as_in_timm(tmp_path):
 
 def test_some_gate_weights_missing_is_for_pytorch_to_judge():
     state = timm.create_model('cifar_resnet20_msar').state_dict()
-    key = 'stages.1.0.se.scale.2.fc1.weight'
+    key = 'stages.1.0.se.gate.1_2_4.fc1.weight'
     del state[key]
     model = timm.create_model('cifar_resnet20_msar')
     before = model.state_dict()[key].clone()
@@ -201,7 +202,7 @@ def test_gates_learn_from_the_first_step():
         loss.backward()
         if step == 0:
             for layer in layers_of(model):
-                assert all(gate.bn2.weight.grad.abs().max() > 0 for gate in layer.scale.values())
+                assert all(group.abs().max() > 0 for group in layer.gate[0].bn2.weight.grad.chunk(3))
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.7 * losses[0]
@@ -231,5 +232,19 @@ def test_every_warm_tag_names_a_plain_network_of_timms_that_it_can_load():
 def test_gates_without_storage_are_missing():
     """`assign=True` takes tensors for a network on the meta device; the gates' own are none yet."""
     model = timm.create_model('cifar_resnet20_msar', device='meta')
-    with pytest.raises(RuntimeError, match=r'Missing key\(s\) in state_dict: "stages.0.0.se.scale.1.fc1.weight"'):
+    with pytest.raises(RuntimeError, match=r'Missing key\(s\) in state_dict: "stages.0.0.se.gate.1_2_4.fc1.weight"'):
         model.load_state_dict(timm.create_model('cifar_resnet20').state_dict(), assign=True)
+
+
+def test_loaders_that_fill_in_missing_keys_with_the_networks_own():
+    """As `accelerate.load_checkpoint_in_model` does, through PyTorch."""
+    source, x = plain('cifar_resnet20_msar'), torch.randn(2, 3, 32, 32)
+    model = timm.create_model('cifar_resnet20_msar').eval()
+    options = StateDictOptions(full_state_dict=True, strict=False)
+    set_model_state_dict(model, source.state_dict(), options=options)
+    assert torch.equal(model(x), source(x))
+    trained = randomise(timm.create_model('cifar_resnet20_msar')).eval()
+    set_model_state_dict(model, trained.state_dict(), options=options)
+    assert torch.equal(model(x), trained(x))
+    model.load_state_dict(model.state_dict())
+    assert torch.equal(model(x), trained(x))

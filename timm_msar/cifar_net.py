@@ -94,6 +94,8 @@ class CifarNet(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode='fan_out', nonlinearity='relu')
+                with torch.no_grad():  # PyTorch's fan-out is of all groups, and a scale is one of them
+                    module.weight.mul_(module.groups**0.5)
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, str]:

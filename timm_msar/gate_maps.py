@@ -1,10 +1,12 @@
 """The gates of a network for a batch of images, and how far they differ from place to place, unlike those of SE."""
 
+import copy
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
+from timm.utils import unwrap_model
 from torch import Tensor, nn
 
 from .recalibration import MultiScaleRecalibration
@@ -15,7 +17,7 @@ __all__ = ['asymmetry', 'gates']
 def gates(model: nn.Module, images: Tensor, per_scale: bool = False) -> dict[str, Any]:
     """The gates of every MS-SAR layer in one forward pass in evaluation mode, without gradients.
 
-    The model is left as it was: running statistics do not change, and every module gets its own mode back.
+    The model does not change, and another thread may use it at the same time.
 
     Args:
         model: A network with MultiScaleRecalibration layers, of this package or timm's with the layer in `block_args`.
@@ -23,8 +25,8 @@ def gates(model: nn.Module, images: Tensor, per_scale: bool = False) -> dict[str
         per_scale: Return the gates z_K of each scale, not only their mean Z of Eq. (2).
 
     Returns:
-        The gates of each layer, from 0, closed, to 1, open, by its name in `model.named_modules()` and in the order of
-        the forward pass: (B, channels, height, width), or with `per_scale` a dict of such a tensor for each K.
+        The gates of each layer, from 0, closed, to 1, open, by its name in `timm.utils.unwrap_model(model)` and in the
+        order of the forward pass: (B, channels, height, width), or with `per_scale` a dict of such a tensor for each K.
 
     Raises:
         ValueError: The model has no MultiScaleRecalibration layer.
@@ -62,25 +64,22 @@ def asymmetry(model: nn.Module, images: Tensor) -> dict[str, float]:
 
 def _of_each_layer(model: nn.Module, images: Tensor, result: Callable[[dict[int, Tensor]], Any]) -> dict[str, Any]:
     """`result` of the gates of each scale, for every layer that a forward pass in evaluation mode runs."""
+    # A copy with the same tensors: its hooks and its mode are this call's own, and nothing has compiled it.
+    model = unwrap_model(model)
+    shared = [t for m in model.modules() for t in (*vars(m).values(), *m.parameters(False), *m.buffers(False))]
+    model = copy.deepcopy(model, {id(t): t for t in shared if isinstance(t, Tensor)}).eval()
     layers = {name: m for name, m in model.named_modules() if isinstance(m, MultiScaleRecalibration)}
     if not layers:
         raise ValueError(f'{type(model).__name__} has no MultiScaleRecalibration layer, so it has no gates.')
     found: dict[str, Any] = {}
-    modes = [(module, module.training) for module in model.modules()]
 
     def keep(name: str, layer: MultiScaleRecalibration, args: tuple, kwargs: dict[str, Any]) -> None:
         found[name] = result(layer.gates(*args, **kwargs))
 
-    hooks = [layer.register_forward_pre_hook(partial(keep, n), with_kwargs=True) for n, layer in layers.items()]
-    try:
-        model.eval()
-        with torch.no_grad(), torch.compiler.set_stance('force_eager'):  # compiled code would not call new hooks
-            model(images)
-    finally:
-        for hook in hooks:
-            hook.remove()
-        for module, training in modes:  # not by train(), which would change frozen modules
-            module.training = training
+    for name, layer in layers.items():
+        layer.register_forward_pre_hook(partial(keep, name), with_kwargs=True)
+    with torch.no_grad():
+        model(images)
     return found
 
 

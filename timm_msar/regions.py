@@ -1,134 +1,125 @@
-"""The regions of Section 3.2: means over them, and gates back from them to positions.
+"""The coordinate sets S_K of Section 3.2: from positions to the means over them, and from gates back to positions
 
-Along an axis of `size` positions, position p is in region ⌊p·K/size⌋ of scale K. The regions are a true partition.
-(Adaptive average pooling is not: where K does not divide the size, its bins overlap.) With R[i, p] = 1 where position p
-is in region i, else 0, and with R̄, the rows of R divided by their sums,
-
-    y = R̄ x R̄ᵀ        Z = 1/L · Σ_K Rᵀ z_K R
-
-is the definition, for every size. Here it is written with the positions of x in one row, as (R ⊗ R) x, so that one
-matrix holds the regions of every scale. It also is what runs where sizes are symbols, when a network is traced or
-exported for every size. Where each scale divides the next and the last divides the map, regions are blocks of memory,
-made of the next scale's blocks, and need no matrix.
+Regional: position p of an axis is in region ⌊p·K/size⌋, a true partition. (Adaptive pooling has bins that overlap where
+K does not divide the size.) With g, the least common multiple of the scales, ⌊⌊p·g/size⌋·K/g⌋ = ⌊p·K/size⌋: each region
+is a block of cells of one g×g grid, at every size. So the means of all scales are one map of cells. With R[i, p] = 1
+where p is in the region of cell i, else 0, and with R̄, its rows divided by their sums, y = R̄ x R̄ᵀ for each scale. Gates
+at positions are Rᵀ z R with R of cells. Sliding: R[p, q] = 1 where |p - q| ≤ √(H·W)/K, and every position is a cell.
 """
+
+import math
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.compiler import is_dynamo_compiling
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 
-def is_exporting() -> bool:
-    """torch.compiler.is_exporting, which cannot be scripted, and until PyTorch 2.11 holds in torch.compile, too."""
-    return False if torch.jit.is_scripting() else torch.compiler.is_exporting() and not is_dynamo_compiling()
+def means(x: Tensor, scales: list[int], strategy: str) -> Tensor:
+    """y of Eq. (1): (B, C, H, W) to (B, L·C, rows, cols), a group of C channels for each scale. Rows and columns are of
+    cells, of which all in a region have its mean, or sliding of positions.
+    """
+    if x.dim() != 4:
+        raise ValueError(f'MS-SAR takes a map (B, C, H, W), not a tensor of {x.dim()} dimensions.')
+    batch, channels, height, width = x.shape
+    if strategy == 'sliding' and not (isinstance(height, int) and height * width == 0):  # no window on an empty map
+        maps = x.flatten(0, 1).to(torch.promote_types(x.dtype, torch.float32))
+        y: list[Tensor] = []
+        for k in scales:
+            rows = _windows(height, height * width, k, maps).expand(maps.shape[0], -1, -1)
+            cols = _windows(width, height * width, k, maps).expand(maps.shape[0], -1, -1)
+            y.append(torch.bmm(torch.bmm(rows, maps), cols.transpose(1, 2)).view(x.shape))
+        return torch.cat(y, 1).to(x.dtype)
+    (n_rows, row_scales), (n_cols, col_scales) = _cells(height, scales), _cells(width, scales)
+    if _are_blocks(x, n_rows, n_cols):
+        x = F.avg_pool2d(x, [height // n_rows, width // n_cols]) if n_rows * n_cols > 1 else x.mean((2, 3), True)
+    mean = _matrix(x, n_rows, n_cols, row_scales, col_scales, True)
+    means_of_cells = torch.bmm(mean.expand(batch, -1, -1), x.flatten(2).transpose(1, 2))  # (B, rows · cols · L, C)
+    return means_of_cells.view(batch, n_rows, n_cols, len(scales) * channels).permute(0, 3, 1, 2)  # channels_last
 
 
-def is_number(size: int) -> bool:
-    """Whether a size is a plain int, not a symbol that stands for other sizes too. In an export none is."""
-    return isinstance(size, int) and not is_exporting()
+def spread(z: Tensor, x: Tensor, strategy: str) -> Tensor:
+    """The way back: gates z, (B, C, rows, cols), at the positions of x, (B, C, H, W), as (B, C, 1, H, W). Blocks need
+    (B, C, rows, 1, W) only: a product can broadcast along the height, but along both axes it is slow on a processor.
+    """
+    if strategy == 'sliding':
+        return z.unsqueeze(2)
+    n_rows, n_cols, height, width = z.shape[2], z.shape[3], x.shape[2], x.shape[3]
+    channels_last = x.stride(1) == 1 and x.shape[1] > 1  # vmap cannot ask is_contiguous
+    if _are_blocks(x, n_rows, n_cols):
+        if channels_last:
+            z = z.permute(0, 2, 3, 1).unsqueeze(3).expand(-1, -1, -1, width // n_cols, -1)
+            return z.flatten(2, 3).permute(0, 3, 1, 2).unsqueeze(3)
+        return z.unsqueeze(4).expand(-1, -1, -1, -1, width // n_cols).flatten(3).unsqueeze(3)
+    cell, z = _matrix(x, n_rows, n_cols, [n_rows], [n_cols], False).expand(z.shape[0], -1, -1), z.flatten(2)
+    z = torch.bmm(cell.transpose(1, 2), z.transpose(1, 2)).transpose(1, 2) if channels_last else torch.bmm(z, cell)
+    return z.view(z.shape[0], z.shape[1], 1, height, width)
 
 
-def is_known(condition: bool) -> bool:
-    """Whether a condition on sizes holds without asking it of a symbol, which would make a graph for each answer."""
-    if torch.jit.is_scripting():
-        return condition
-    return isinstance(condition, (bool, torch.SymBool)) and statically_known_true(condition)
+def join(x: Tensor) -> Tensor:
+    """(B, C, rows, h, W) as a map (B, C, H, W). To autograd it is no view, since residual blocks add to it in place."""
+    if isinstance(x.shape[2], int):
+        return torch.ops.aten._unsafe_view(x, [x.shape[0], x.shape[1], x.shape[2] * x.shape[3], x.shape[4]])
+    return x.flatten(2, 3)
 
 
-def count(size: int, scale: int) -> int:
-    """Regions of scale K along an axis: K, but no more than positions, where the size is a number."""
-    # An empty region would count in the statistics of batch norm.
-    return min(scale, size) if is_number(size) else scale
-
-
-def regions(size: int, scale: int, x: Tensor) -> Tensor:
-    """R of the regions along an axis, (count, size), of 0 and 1, with the type and device of x."""
-    k = count(size, scale)
-    if k > 0 and is_number(size) and not torch.compiler.is_compiling():
-        # The same in two operators instead of six: region i begins at ⌈i·size/K⌉.
-        starts = [(i * size + k - 1) // k for i in range(k + 1)]
-        eye = torch.eye(k, dtype=x.dtype, device=x.device)
-        return torch.cat([eye[:, i : i + 1].expand(k, starts[i + 1] - starts[i]) for i in range(k)], 1)
-    region = torch.arange(size, device=x.device) * k // size
-    return (region == torch.arange(k, device=x.device)[:, None]).to(x.dtype)
-
-
-def mean_matrix(matrix: Tensor) -> Tensor:
-    """R̄ of R: each row divided by its sum; an empty region stays 0."""
-    lengths = matrix.float().sum(1, keepdim=True).clamp(min=1)  # a float16 sum over 65,504 is infinite
-    return (matrix / lengths).to(matrix.dtype)
-
-
-def are_blocks(x: Tensor, scales: list[int]) -> bool:
-    """Whether every scale is known to divide the map and the next scale, so that regions are blocks of finer ones."""
-    nested = all([scales[i] % scales[i - 1] == 0 for i in range(1, len(scales))])
-    height, width, k = x.shape[2], x.shape[3], scales[-1]
-    return nested and is_known(height % k == 0) and is_known(width % k == 0) and is_known(height * width > 0)
-
-
-def region_matrix(x: Tensor, scales: list[int]) -> Tensor:
-    """R ⊗ R of all scales for a map x, (B, C, H, W): a row for each region, a column for each of the H·W positions."""
-    matrices: list[Tensor] = []
+def _cells(size: int, scales: list[int]) -> tuple[int, list[int]]:
+    """g of an axis, and its regions of each scale: K, but no more than positions. A symbol stands for larger sizes."""
+    scales = [k if k <= size else max(int(size), 1) for k in scales] if isinstance(size, int) else scales
+    g = 1
     for k in scales:
-        rows = cols = regions(x.shape[2], k, x)
-        if not is_known(x.shape[2] == x.shape[3]):
-            cols = regions(x.shape[3], k, x)
-        pairs = rows[:, None, :, None] * cols[:, None, :]  # torch.kron takes sizes for numbers
-        matrices.append(pairs.flatten(2).flatten(0, 1))
-    return torch.cat(matrices)
+        g = g * k // math.gcd(g, k)
+    return g, scales
 
 
-def matrix_if_needed(x: Tensor, scales: list[int]) -> Tensor | None:
-    """R ⊗ R of all scales, or None where regions are blocks, whose means need no matrix."""
-    return None if are_blocks(x, scales) else region_matrix(x, scales)
-
-
-def regional_means(x: Tensor, scales: list[int], matrix: Tensor | None) -> list[Tensor]:
-    """y of x, (B, C, H, W), over the regions of every scale K, as (B, C, K, K), or as (B, C, n, 1) of n regions."""
-    if matrix is not None:
-        rows = mean_matrix(matrix).expand(x.shape[0], -1, -1)
-        y = torch.bmm(rows, x.flatten(2).transpose(1, 2)).transpose(1, 2)
-        return list(y.unsqueeze(3).split([count(x.shape[2], k) * count(x.shape[3], k) for k in scales], dim=2))
-    means: list[Tensor] = []
-    for k in scales[::-1]:  # coarse means are means of finer ones
-        x = F.avg_pool2d(x, [x.shape[2] // k, x.shape[3] // k]) if k > 1 else x.mean((2, 3), keepdim=True)
-        means.insert(0, x)
-    return means
-
-
-def recalibrate(x: Tensor, z: list[Tensor], scales: list[int], matrix: Tensor | None) -> Tensor:
-    """x ⊙ Z of x, (B, C, H, W), with Z = 1/L · Σ_K z_K of the gates z_K at the regions of every scale K."""
-    height, width = x.shape[2], x.shape[3]
-    if is_exporting():  # the matrix is a constant there, by which other runtimes multiply faster than they broadcast
-        matrix = region_matrix(x, scales) if matrix is None else matrix
-        gates = torch.matmul(torch.cat([z_k.flatten(2) for z_k in z], 2) / len(scales), matrix)
-        return x * gates.view(x.shape[0], gates.shape[1], height, width)
-    channels_last = x.stride(1) == 1 and x.shape[1] > 1  # is_contiguous cannot be asked under vmap
-    if matrix is not None:
-        rows = torch.cat([z_k.flatten(2).transpose(1, 2) for z_k in z], 1)
-        matrix = matrix.expand(x.shape[0], -1, -1)
-        left, right = (matrix.transpose(1, 2), rows) if channels_last else (rows.transpose(1, 2), matrix)
-        # Multiplied by 1/L after the sum, 0.5 is exact in TF32, too, which a warm start needs. beta=0 adds nothing.
-        gates = torch.baddbmm(x.new_empty(1, 1, 1), left, right, beta=0, alpha=1 / len(scales))
-        gates = gates.transpose(1, 2) if channels_last else gates
-        return x * gates.view(x.shape[0], gates.shape[1], height, width)
-    k, gates = scales[0], z[0]
-    for finer, z_k in zip(scales[1:], z[1:]):
-        inside = finer // k  # finer regions along an axis of a coarse one
-        fine = z_k.unflatten(3, (k, inside)).unflatten(2, (k, inside))
-        k, gates = finer, (gates[:, :, :, None, :, None] + fine).flatten(4, 5).flatten(2, 3)
-    gates = gates / len(scales)
-    dim = 1 if channels_last else 2
-    if channels_last:
-        x, gates = x.permute(0, 2, 3, 1), gates.permute(0, 2, 3, 1)
-    # Spread along the width only: the product below broadcasts along the height, and would be slow along both.
-    if k not in (1, width):
-        gates = gates.repeat_interleave(width // k, dim + 1)
-    x = (x.unflatten(dim, (k, height // k)) * gates.unsqueeze(dim + 1)).flatten(dim, dim + 1)
-    x = x.permute(0, 3, 1, 2) if channels_last else x
+def _are_blocks(x: Tensor, rows: int, cols: int) -> bool:
+    """Whether cells are known to be blocks of as many positions each. A symbol is not asked; it means no."""
+    conditions = [x.shape[2] % rows == 0, x.shape[3] % cols == 0, x.shape[2] * x.shape[3] > 0]
     if torch.jit.is_scripting():
-        return x
-    # Residual blocks add to the result in place. Under autograd that would hide the gradient of a view from hooks on
-    # it, and this view of the whole is no view to autograd.
-    return torch.unsafe_chunk(x, 1, dim=1)[0] if torch.is_grad_enabled() else x
+        return all(conditions)
+    return all([isinstance(c, (bool, torch.SymBool)) and statically_known_true(c) for c in conditions])
+
+
+def _windows(size: int, area: int, scale: int, x: Tensor) -> Tensor:
+    """R̄ of windows along an axis of a map of H·W = `area` positions, (size, size)."""
+    distance = torch.arange(size, device=x.device) - torch.arange(size, device=x.device)[:, None]
+    members = (distance * distance * scale**2 <= area).to(x.dtype)  # |p - q| ≤ √(H·W)/K, in whole numbers
+    return members / members.sum(1, keepdim=True)
+
+
+def _matrix(x: Tensor, rows: int, cols: int, of_rows: list[int], of_cols: list[int], mean: bool, new: bool = False):
+    """R ⊗ R, or with `mean` R̄ ⊗ R̄: a row for each cell and scale, a column for each position of x."""
+    height, width = x.shape[2], x.shape[3]
+    if not torch.jit.is_scripting() and not new:
+        known = isinstance(height, int) and isinstance(width, int) and not torch.compiler.is_dynamo_compiling()
+        if known and height * width <= 4096:  # it pays for small maps
+            what: tuple = (height, width, rows, cols, tuple(of_rows), tuple(of_cols), mean)
+            if type(x) is Tensor:
+                return _kept(x.dtype, x.device, *what)
+            return x.new_tensor(_kept(torch.float64, torch.device('cpu'), *what).tolist())  # exported as a constant
+    first, second = _axis(height, rows, of_rows, mean, x), _axis(width, cols, of_cols, mean, x)
+    pairs = first[:, None, :, :, None] * second[:, :, None]  # (rows, cols, L, H, W)
+    return pairs.flatten(3).flatten(0, 2).to(x.dtype)
+
+
+@lru_cache(maxsize=256)
+def _kept(dtype: torch.dtype, device: torch.device, height: int, width: int, *what) -> Tensor:
+    """The matrix, made once, since launches are a GPU's time. In a thread of its own no mode of the caller holds."""
+    with ThreadPoolExecutor(1) as thread:
+        x = thread.submit(torch.empty, (1, 1, height, width), dtype=dtype, device=device).result()
+        return thread.submit(lambda: _matrix(x, *what, True)).result()  # type: ignore[call-arg]
+
+
+def _axis(size: int, cells: int, scales: list[int], mean: bool, x: Tensor) -> Tensor:
+    """R, or with `mean` R̄, along an axis: (cells, L, size). A region without positions is 0."""
+    number = torch.arange(len(scales), device=x.device)[:, None]
+    scale = torch.zeros_like(number)
+    for i, k in enumerate(scales):  # a compiler makes one kernel of all this, but not of a list of numbers
+        scale = scale + k * (number == i)
+    region = torch.arange(cells, device=x.device)[:, None, None] * scale // cells
+    members = region == torch.arange(size, device=x.device) * scale // size
+    members = members.to(torch.promote_types(x.dtype, torch.float32))
+    ends = ((region + 1) * size + scale - 1) // scale
+    return members / (ends - (region * size + scale - 1) // scale).clamp(min=1) if mean else members

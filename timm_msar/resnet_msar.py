@@ -8,11 +8,13 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
+import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import Tensor
 
+from .gate import Gate
 from .recalibration import MultiScaleRecalibration
 from .warm_start import complete_gates
 
@@ -48,6 +50,16 @@ class ResNetMsar(ResNet):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.register_load_state_dict_pre_hook(complete_gates)
+
+    @torch.jit.ignore
+    def init_weights(self, zero_init_last: bool = True) -> None:
+        """Initialise as timm does, each scale of a gate by itself: PyTorch's fan-out is of all groups."""
+        super().init_weights(zero_init_last)
+        with torch.no_grad():
+            for module in self.modules():
+                if isinstance(module, Gate):
+                    module.fc1.weight.mul_(module.fc1.groups**0.5)
+                    module.fc2.weight.mul_(module.fc2.groups**0.5)
 
 
 def _create_resnet_msar(

@@ -67,30 +67,31 @@ def start_from_plain(model: nn.Module, state_dict: dict[str, Tensor]) -> None:
 def complete_gates(model: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
     """Complete a state dict of the plain network; for `register_load_state_dict_pre_hook` of a network.
 
-    A state dict that has some of the gates, or not what stands next to all of them, is left alone for PyTorch to judge;
-    so is one for a network on the meta device, whose gates have no weights yet.
+    A state dict with some of the gates, or without what stands next to all of them, is for PyTorch to judge. So is one
+    for a network on the meta device, whose gates have no weights yet. Some loaders, such as PyTorch's
+    `set_model_state_dict`, put the network's own tensors where keys are missing: these gates count as missing.
 
     Args:
         model: The network that loads.
         state_dict: What it loads; gate weights are added to it, and the weights next to the gates replaced.
         prefix: The network's name in `state_dict`.
     """
-    layers = _layers(model)
-    gates = {
-        f'{prefix}{name}.{key}': value for name, layer in layers.items() for key, value in layer.state_dict().items()
-    }
+    layers, own = _layers(model), {f'{prefix}{key}': value for key, value in model.state_dict().items()}
+    gates = [f'{prefix}{name}.{key}' for name, layer in layers.items() for key in layer.state_dict()]
     doubled = [f'{prefix}{key}' for name in layers for key in _doubled(model, name)]
-    if any(key in state_dict or value.is_meta for key, value in gates.items()):
-        return
-    if not all(key in state_dict for key in doubled):
+
+    def is_missing(key: str) -> bool:
+        return key not in state_dict or state_dict[key].data_ptr() == own[key].data_ptr()
+
+    if any(own[key].is_meta or not is_missing(key) for key in gates) or any(map(is_missing, doubled)):
         return
     for key in doubled:
         state_dict[key] = 2 * state_dict[key]
-    for key, value in gates.items():
+    for key in gates:
         owner = key.rpartition('.')[0]
         folded = owner.endswith('.fc2') and f'{owner}.bias' in gates  # bn2 is in fc2
         closed = folded or key.endswith(('bn2.weight', 'bn2.bias'))
-        state_dict[key] = torch.zeros_like(value) if closed else value
+        state_dict[key] = torch.zeros_like(own[key]) if closed else own[key]
 
 
 def _layers(model: nn.Module) -> dict[str, MultiScaleRecalibration]:
