@@ -10,7 +10,6 @@ Every response is multiplied by a gate between 0 and 1 that is computed from its
 """
 
 import math
-from collections import OrderedDict
 from collections.abc import Sequence
 
 import torch
@@ -67,8 +66,8 @@ class MultiScaleRecalibration(nn.Module):
         rd_channels = max(1, int(rd_ratio * channels / len(self.scales)))
         widths = self.source_channels, rd_channels, channels
         gate = Gate(*widths, len(self.scales), act_layer, gate_layer, device=device, dtype=dtype)
-        # Keys of weights name the scales, so weights of other scales do not load.
-        self.gate = nn.Sequential(OrderedDict({'_'.join(map(str, self.scales)): gate}))
+        self.gate = nn.Sequential()
+        self.gate.add_module('_'.join(map(str, self.scales)), gate)  # this name keeps weights of other scales out
 
     def extra_repr(self) -> str:
         return f'{self.channels}, scales={self.scales}, strategy={self.strategy}'

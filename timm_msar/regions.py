@@ -28,15 +28,14 @@ def means(x: Tensor, scales: list[int], strategy: str) -> Tensor:
         maps = x.flatten(0, 1).to(torch.promote_types(x.dtype, torch.float32))
         y: list[Tensor] = []
         for k in scales:
-            rows = _windows(height, height * width, k, maps).expand(maps.shape[0], -1, -1)
-            cols = _windows(width, height * width, k, maps).expand(maps.shape[0], -1, -1)
-            y.append(torch.bmm(torch.bmm(rows, maps), cols.transpose(1, 2)).view(x.shape))
+            rows, cols = _windows(height, height * width, k, maps), _windows(width, height * width, k, maps)
+            y.append((rows @ maps @ cols.mT).view(x.shape))
         return torch.cat(y, 1).to(x.dtype)
     (n_rows, row_scales), (n_cols, col_scales) = _cells(height, scales), _cells(width, scales)
     if _are_blocks(x, n_rows, n_cols):
         x = F.avg_pool2d(x, [height // n_rows, width // n_cols]) if n_rows * n_cols > 1 else x.mean((2, 3), True)
     mean = _matrix(x, n_rows, n_cols, row_scales, col_scales, True)
-    means_of_cells = torch.bmm(mean.expand(batch, -1, -1), x.flatten(2).transpose(1, 2))  # (B, rows · cols · L, C)
+    means_of_cells = mean @ x.flatten(2).mT  # (B, rows · cols · L, C)
     return means_of_cells.view(batch, n_rows, n_cols, len(scales) * channels).permute(0, 3, 1, 2)  # channels_last
 
 
@@ -52,9 +51,10 @@ def spread(z: Tensor, x: Tensor, strategy: str) -> Tensor:
         if channels_last:
             z = z.permute(0, 2, 3, 1).unsqueeze(3).expand(-1, -1, -1, width // n_cols, -1)
             return z.flatten(2, 3).permute(0, 3, 1, 2).unsqueeze(3)
-        return z.unsqueeze(4).expand(-1, -1, -1, -1, width // n_cols).flatten(3).unsqueeze(3)
-    cell, z = _matrix(x, n_rows, n_cols, [n_rows], [n_cols], False).expand(z.shape[0], -1, -1), z.flatten(2)
-    z = torch.bmm(cell.transpose(1, 2), z.transpose(1, 2)).transpose(1, 2) if channels_last else torch.bmm(z, cell)
+        z = z.unsqueeze(4).expand(-1, -1, -1, -1, width // n_cols)
+        return z.reshape(z.shape[0], z.shape[1], n_rows, 1, width)
+    cell, z = _matrix(x, n_rows, n_cols, [n_rows], [n_cols], False), z.flatten(2)
+    z = (cell.mT @ z.mT).mT if channels_last else z @ cell
     return z.view(z.shape[0], z.shape[1], 1, height, width)
 
 
@@ -67,7 +67,8 @@ def join(x: Tensor) -> Tensor:
 
 def _cells(size: int, scales: list[int]) -> tuple[int, list[int]]:
     """g of an axis, and its regions of each scale: K, but no more than positions. A symbol stands for larger sizes."""
-    scales = [k if k <= size else max(int(size), 1) for k in scales] if isinstance(size, int) else scales
+    if isinstance(size, int):  # counted, since the minimum of a number and a symbol is a symbol
+        scales = [max(1, sum([1 if p < size else 0 for p in range(k)])) for k in scales]
     g = 1
     for k in scales:
         g = g * k // math.gcd(g, k)
@@ -86,7 +87,7 @@ def _windows(size: int, area: int, scale: int, x: Tensor) -> Tensor:
     """R̄ of windows along an axis of a map of H·W = `area` positions, (size, size)."""
     distance = torch.arange(size, device=x.device) - torch.arange(size, device=x.device)[:, None]
     members = (distance * distance * scale**2 <= area).to(x.dtype)  # |p - q| ≤ √(H·W)/K, in whole numbers
-    return members / members.sum(1, keepdim=True)
+    return (members / members.sum(1, keepdim=True))[None]
 
 
 def _matrix(x: Tensor, rows: int, cols: int, of_rows: list[int], of_cols: list[int], mean: bool, new: bool = False):
@@ -101,7 +102,7 @@ def _matrix(x: Tensor, rows: int, cols: int, of_rows: list[int], of_cols: list[i
             return x.new_tensor(_kept(torch.float64, torch.device('cpu'), *what).tolist())  # exported as a constant
     first, second = _axis(height, rows, of_rows, mean, x), _axis(width, cols, of_cols, mean, x)
     pairs = first[:, None, :, :, None] * second[:, :, None]  # (rows, cols, L, H, W)
-    return pairs.flatten(3).flatten(0, 2).to(x.dtype)
+    return pairs.flatten(3).flatten(0, 2)[None].to(x.dtype)
 
 
 @lru_cache(maxsize=256)
