@@ -63,13 +63,11 @@ def _upload(folder: Path, repo_id: str, args: argparse.Namespace) -> str:
             raise CommandError(f'{repo_id} exists and is public; make it private in its settings or give another name')
         if args.revision:
             api.create_branch(repo_id, branch=args.revision, exist_ok=True)
-        message = f'Add {repo_id.partition("/")[2]}'
-        commit = api.upload_folder(
-            **dict(repo_id=repo_id, folder_path=folder, commit_message=message),
-            **dict(revision=args.revision, create_pr=args.create_pr),
-        )
+        to = {'repo_id': repo_id, 'revision': args.revision, 'create_pr': args.create_pr}
+        commit = api.upload_folder(folder_path=folder, commit_message=f'Add {repo_id.partition("/")[2]}', **to)
     except (HTTPError, RuntimeError) as error:  # the client wraps a failed upload of a file in a RuntimeError
-        reason = getattr(error.__cause__ or error, 'server_message', None) or str(error).partition('\n')[0]
+        messages = [getattr(e, 'server_message', None) for e in (error, error.__cause__)]
+        reason = next(filter(None, messages), str(error.__cause__ or error)).partition('\n')[0]
         raise CommandError(
             f'the Hub did not take it ({reason}). Look at {api.endpoint}/{repo_id}: '
             'the same push again changes nothing that is already there'
