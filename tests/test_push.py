@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
@@ -54,12 +53,9 @@ class Pusher:
             pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log)
             self.process = subprocess.Popen([sys.executable, '-c', PUSH], env={**os.environ, **env}, text=True, **pipes)
 
-    def start(self, *arguments):
+    def __call__(self, *arguments):
         self.process.stdin.write(json.dumps([str(argument) for argument in arguments]) + '\n')
         self.process.stdin.flush()
-
-    def __call__(self, *arguments):
-        self.start(*arguments)
         for line in self.process.stdout:
             if line.startswith('RESULT '):
                 assert TOKEN not in line
@@ -196,24 +192,6 @@ def test_without_token_or_network(hub, checkpoint, tmp_path):
         code, output = pusher(checkpoint, '--repo-id', 'me/net')
         pusher.close()
         assert code == 1 and reason in output
-
-
-def test_a_push_that_is_killed_leaves_the_repository_and_the_next_one_succeeds(hub, push, checkpoint, tmp_path):
-    assert push(checkpoint, '--repo-id', 'me/killed')[0] == 0
-    files = dict(hub.repos['me/killed'].files())
-    changed = make_run(tmp_path, seed=8)
-    hub.faults = [Fault('PUT', '/storage/', times=1000)]
-    killed = Pusher(hub.env(TOKEN, tmp_path / 'cache'), tmp_path)
-    started, deadline = hub.count('PUT', '/storage/'), time.monotonic() + 300
-    killed.start(changed, '--repo-id', 'me/killed')
-    while hub.count('PUT', '/storage/') == started and time.monotonic() < deadline:
-        time.sleep(0.05)
-    killed.close()
-    assert hub.count('PUT', '/storage/') > started
-    hub.faults = []
-    assert hub.repos['me/killed'].files() == files
-    assert push(changed, '--repo-id', 'me/killed')[0] == 0
-    assert hub.repos['me/killed'].history() == ['initial commit', 'Add killed', 'Add killed']
 
 
 WARM_START = """

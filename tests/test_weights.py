@@ -3,6 +3,8 @@
 import math
 import re
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +12,11 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from safetensors.torch import save_file
+from torchvision.datasets import FashionMNIST
 
-from timm_msar.cli.model_card import card_folder
+from timm_msar.cifar_resnet import FASHION_MNIST
+from timm_msar.cli.trained_run import load_network
 
 IMAGES = Path(__file__).parent / 'fashion_mnist'
 SHIPPED = [tag for tag in timm.list_pretrained('cifar_*') if timm.get_pretrained_cfg(tag).file]
@@ -29,6 +34,7 @@ def test_the_networks_for_fashion_mnist_have_weights():
     assert SHIPPED == ['cifar_resnet20.fashion_mnist', 'cifar_resnet20_msar.fashion_mnist']
     for tag in SHIPPED:
         assert timm.models.get_pretrained_cfg(tag.partition('.')[0]).tag == 'fashion_mnist'  # the default
+    assert sorted(path.stem for path in (Path(__file__).parents[1] / 'hub_cards').iterdir()) == SHIPPED
     folder = Path(timm.get_pretrained_cfg(SHIPPED[0]).file).parent
     assert sorted(path.name for path in folder.iterdir()) == [f'{tag}.safetensors' for tag in SHIPPED]
 
@@ -37,7 +43,7 @@ def test_the_networks_for_fashion_mnist_have_weights():
 @torch.no_grad()
 def test_they_classify_real_images_as_the_card_says(tag, monkeypatch):
     monkeypatch.setattr(socket.socket, 'connect', None, raising=False)  # there is no network
-    card = (card_folder() / f'{tag}.md').read_text(encoding='utf-8')
+    card = (Path(__file__).parents[1] / 'hub_cards' / f'{tag}.md').read_text(encoding='utf-8')
     accuracy = float(re.search(rf'^\| {re.escape(tag)} \| ([\d.]+) \|', card, re.MULTILINE)[1])
     promised = int(re.search(r'(\d+) of the first 500', card)[1])
 
@@ -75,3 +81,31 @@ def test_they_adapt_to_other_classes_and_channels_as_in_timm():
     features, expected = (m.eval().forward_features(x) for m, x in ((model, grey), (whole, grey.expand(-1, 3, -1, -1))))
     torch.testing.assert_close(features, expected, rtol=1e-4, atol=1e-4)
     assert model(grey).shape == (2, 3)
+
+
+def test_the_names_of_the_classes_belong_to_these_weights_alone(tmp_path):
+    def names(**kwargs):
+        return timm.create_model('cifar_resnet20_msar', **kwargs).pretrained_cfg.get('label_names')
+
+    assert list(FASHION_MNIST) == FashionMNIST.classes
+    assert names(pretrained=True) == names(pretrained=True, num_classes=10) == FASHION_MNIST
+    assert names() is names(num_classes=10) is names(pretrained=True, num_classes=5) is None
+    save_file(timm.create_model('cifar_resnet20_msar').state_dict(), tmp_path / 'a.safetensors')
+    assert 'label_names' not in load_network(tmp_path / 'a.safetensors', 'cifar_resnet20_msar')[0].pretrained_cfg
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(('weights', 'named'), [('--pretrained', True), ('--checkpoint', False)])
+def test_timms_own_script_prints_them(timm_scripts, tmp_path, weights, named):
+    """A checkpoint of ten classes may be of other ten."""
+    (tmp_path / 'images').mkdir()
+    sheet = Image.open(IMAGES / 'first_500_test_images.png')
+    for i in range(4):
+        sheet.crop((28 * i, 0, 28 * i + 28, 28)).save(tmp_path / 'images' / f'{i}.png')
+    torch.save({'state_dict': timm.create_model('cifar_resnet20_msar').state_dict()}, tmp_path / 'a.pth.tar')
+    command = [sys.executable, '-m', 'timm_msar.run', str(timm_scripts / 'inference.py'), '--data-dir', 'images']
+    command += ['--model', 'cifar_resnet20_msar', weights, *([] if named else ['a.pth.tar']), '--label-type', 'name']
+    command += ['--device', 'cpu', '-j', '0', '--results-file', 'out']
+    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, timeout=300)
+    results = (tmp_path / 'out.csv').read_text()
+    assert ('Ankle boot' in results) == named and not any(name in results for name in FASHION_MNIST if not named)
