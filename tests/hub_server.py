@@ -1,8 +1,7 @@
 """A Hugging Face Hub in this process, for the real client: it takes pushes, serves downloads, and fails on demand.
 
 It speaks what huggingface_hub sends for a push and a download with `HF_HUB_DISABLE_XET=1`: repositories, branches, pull
-requests, LFS uploads, commits and files. Storage has its own port, since the real Hub's is another server, which must
-not see the token.
+requests, LFS uploads, commits and files. Storage has its own port, because there the token must not be sent.
 
     with Hub() as hub:
         hub.users['hf_write'] = 'me'

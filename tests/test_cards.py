@@ -107,9 +107,7 @@ def test_every_block_runs_and_prints_what_it_says(exported):
     outputs = run_blocks(codes, cwd=exported.parent)
     for output, code in zip(outputs[1::3], codes[1::3], strict=True):
         assert output.splitlines() == re.findall(r'^    #  (torch.Size\(.*\))$', code, re.MULTILINE) != []
-    assert len(outputs[0].splitlines()) == 3 and all(
-        re.fullmatch(r'\d: [\d.]+ %\n', x) for x in outputs[0].splitlines(True)
-    )
+    assert re.fullmatch(r'(\d: [\d.]+ %\n){3}', outputs[0])
     for output in outputs[3::3]:
         names = [line.rpartition(': ')[0] for line in output.splitlines()]
         assert len(names) == 5 and set(names) < set(FASHION_MNIST)
@@ -121,11 +119,8 @@ def test_every_block_runs_and_prints_what_it_says(exported):
 def test_every_block_opens_an_image_that_fits_the_network(channels, mode, tmp_path):
     model = timm.create_model('cifar_resnet20_msar', in_chans=channels)
     save_for_hf(model, tmp_path, safe_serialization=True, data_config={'input_size': (channels, 24, 32)})
-    for data, image in (
-        (training_data({}, 10), 'picture.jpg'),
-        (training_data({'dataset': 'torch/imagenet'}, 10), IMAGE_URL),
-    ):
-        card = model_card(f'local-dir:{tmp_path}', "me/it's", data, {}, '')
+    for dataset, image in (('', 'picture.jpg'), ('torch/imagenet', IMAGE_URL)):
+        card = model_card(f'local-dir:{tmp_path}', "me/it's", training_data({'dataset': dataset}, 10), {}, '')
         assert [re.findall(r"\.convert\('(\w+)'\)", code) for code in blocks(card)] == 3 * [[mode]]
         assert card.count(image) == 3 and 'Image size: 24 x 32\n' in card
         for code in blocks(card):
@@ -143,7 +138,6 @@ def test_data_sets_are_known_by_what_they_hold_not_by_their_names(tmp_path, monk
 
     mine = training_data(folder('imagenet', ['class10', 'class9']), 2)
     assert mine[:2] == ('imagenet', None) and mine.classes == ('class9', 'class10')  # in timm's order
-    assert training_data(folder('more', CLASSES), 1000).classes == ()
     assert training_data(folder('alike', ['Cat', 'cat', 'dog']), 3).classes == ()  # timm leaves their order to chance
     assert training_data(folder('mapped', CLASSES) | {'class_map': 'map.txt'}, 3).classes == ()
 
@@ -159,11 +153,8 @@ def test_data_sets_are_known_by_what_they_hold_not_by_their_names(tmp_path, monk
     assert training_data(folder('ilsvrc', synsets), 1000)[:2] == ('ilsvrc', None)  # an excerpt of it
     monkeypatch.setattr('timm_msar.cli.card_data.IMAGENET_IMAGES', 1000)
     assert training_data({'data_dir': str(tmp_path / 'ilsvrc')}, 1000).hub_id == 'ILSVRC/imagenet-1k'
-    for dataset, hub_id in (
-        ('hfds/timm/mini', 'timm/mini'),
-        ('torch/cifar100', 'uoft-cs/cifar100'),
-        ('wds/imagenet', None),
-    ):
+    known = {'hfds/timm/mini': 'timm/mini', 'torch/cifar100': 'uoft-cs/cifar100', 'wds/imagenet': None}
+    for dataset, hub_id in known.items():
         assert training_data({'dataset': dataset, 'data_dir': 'a'}, 100).hub_id == hub_id
     assert training_data({'data_dir': str(tmp_path / 'gone')}, 5)[:2] == ('gone', None)
 

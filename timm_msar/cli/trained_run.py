@@ -175,7 +175,7 @@ def _rebuild(args: dict[str, Any], state_dict: dict[str, torch.Tensor], path: Pa
     """
     name, input_size = args['model'], args.get('input_size')
     if not name or ':' in name:
-        raise CommandError(f'{path} was trained as {name}, which is no name in timm; use one, and --initial-checkpoint')
+        raise CommandError(f'{path} needs --model NAME, a name in timm, not {name}; --initial-checkpoint gives weights')
     kwargs = {key: args.get(key) for key in ('num_classes', 'bn_momentum', 'bn_eps')}
     kwargs |= {'in_chans': args.get('in_chans') or (input_size[0] if input_size else 3), 'global_pool': args.get('gp')}
     kwargs |= {'pretrained': False, 'checkpoint_path': ''}
