@@ -30,10 +30,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def repository(text: str) -> str:
-    """Return `text` if it is OWNER/NAME; a ValueError lets argparse refuse it."""
+    """Return `text` if it is ME/NAME; argparse makes a refusal of any ValueError."""
     validate_repo_id(text)
     if text.count('/') != 1:
-        raise ValueError
+        raise argparse.ArgumentTypeError(f'{text!r} is not ME/NAME')
     return text
 
 

@@ -175,10 +175,10 @@ def _rebuild(args: dict[str, Any], state_dict: dict[str, torch.Tensor], path: Pa
     """
     name, input_size = args['model'], args.get('input_size')
     if not name or ':' in name:
-        raise CommandError(f'{path} needs --model NAME, a name in timm, not {name}; --initial-checkpoint gives weights')
-    kwargs = {key: args.get(key) for key in ('num_classes', 'bn_momentum', 'bn_eps')}
-    kwargs |= {'in_chans': args.get('in_chans') or (input_size[0] if input_size else 3), 'global_pool': args.get('gp')}
-    kwargs |= {'pretrained': False, 'checkpoint_path': ''}
+        advice = '--model NAME (for other weights --initial-checkpoint FILE)'
+        raise CommandError(f'{path}: give the network by its name in timm, not as {name}: {advice}')
+    kwargs = {key: args.get(key) for key in ('num_classes', 'bn_momentum', 'bn_eps')} | {'global_pool': args.get('gp')}
+    kwargs |= {'pretrained': False, 'checkpoint_path': '', 'in_chans': args.get('in_chans') or (input_size or [3])[0]}
     model = timm.create_model(name, **kwargs, **(args.get('model_kwargs') or {}))
     # --split-bn trains further norms, for augmented images only.
     given = {key: tensor for key, tensor in clean_state_dict(state_dict).items() if '.aux_bn.' not in key}
