@@ -1,6 +1,7 @@
 """Count the multiply-adds of a network, the paper's "FLOPs": those of convolutions and linear layers."""
 
 import copy
+from typing import Any
 
 import torch
 from torch import nn
@@ -21,7 +22,7 @@ def multiply_adds(
     model = copy.deepcopy(model).eval()
     total = 0
 
-    def count(module: nn.Module, _, output: torch.Tensor) -> None:
+    def count(module: Any, _, output: torch.Tensor) -> None:
         nonlocal total
         if isinstance(module, MultiScaleRecalibration):
             total += _of_the_gates(module, *output.shape[2:])
@@ -42,8 +43,6 @@ def multiply_adds(
 
 def _of_the_gates(layer: MultiScaleRecalibration, height: int, width: int) -> int:
     """The count of Section 3.5, with one gate for each distinct region. The layer computes one for each cell."""
-    # BOTH FORMS, while the branch is not merged
-    gate = layer.gate if hasattr(layer, 'gate') else next(iter(layer.scale.values()))
-    rd_channels = gate.fc1.out_channels // gate.fc1.groups
-    regions = (height * width if layer.strategy == 'sliding' else min(k, height) * min(k, width) for k in layer.scales)
-    return rd_channels * (layer.source_channels + layer.channels) * sum(regions)
+    fc1 = next(module for module in layer.modules() if isinstance(module, nn.Conv2d))
+    regions = [height * width if layer.strategy == 'sliding' else min(k, height) * min(k, width) for k in layer.scales]
+    return fc1.out_channels // fc1.groups * (layer.source_channels + layer.channels) * sum(regions)
