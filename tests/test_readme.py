@@ -16,10 +16,9 @@ PAGES = [ROOT / 'README.md', *sorted((ROOT / 'docs').glob('*.md')), ROOT / 'trai
 
 
 def commands(start):
-    """The lines in blocks of code that start so, as words, without comments and with variables of the README."""
-    recipe = re.search(r'^recipe="(.*)"$', README, re.M)[1]
+    """The lines in blocks of code that start so, as words."""
     blocks = re.findall(r'```bash\n(.*?)```', ''.join(page.read_text(encoding='utf-8') for page in PAGES), re.S)
-    lines = ''.join(blocks).replace('\\\n', ' ').replace('$recipe', recipe).splitlines()
+    lines = ''.join(blocks).replace('\\\n', ' ').splitlines()
     return [shlex.split(line, comments=True) for line in lines if re.match(start, line) and 'OPTIONS' not in line]
 
 
