@@ -115,6 +115,7 @@ def graphs(device: torch.device) -> bool:
     worst = 0.0
     for training in (False, True):
         model.train(training)
+        torch.cuda.synchronize()
         with torch.cuda.stream(torch.cuda.Stream()):
             for _ in range(3):
                 step(model, images, training, amp=False)
