@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 
 from .. import __version__
-from . import check_config, costs, curves, data, demo, export, gates, push, speed
+from . import costs, curves, data, demo, export, gates, push, speed
 from .errors import CommandError
 
 COMMANDS = {
@@ -13,7 +13,6 @@ COMMANDS = {
     'costs': costs,
     'speed': speed,
     'data': data,
-    'check-config': check_config,
     'curves': curves,
     'gates': gates,
     'export': export,
