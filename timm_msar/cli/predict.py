@@ -1,0 +1,1 @@
+"""Print the five most probable classes of images."""
