@@ -1,13 +1,8 @@
 """Start the command `timm-msar`, outside the package: importing that imports PyTorch, which takes seconds."""
 
-import argparse
-import importlib
-import importlib.metadata
 import os
-import re
 import signal
 import sys
-import traceback
 from collections.abc import Sequence
 
 COMMANDS = {
@@ -27,7 +22,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a subcommand; print any error as one sentence; return the exit code.
 
     Args:
-        argv: The words after `timm-msar`. By default those of this process, whose signals and streams are then its own.
+        argv: The words after `timm-msar`. By default those of this process, whose signals and streams are set up then.
 
     Raises:
         SystemExit: The words are wrong (2) or ask for help (0), or the process was terminated (143).
@@ -43,15 +38,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     except SystemExit:
         raise
-    except BaseException as error:  # of safetensors, some are no Exception
-        code, text = 1, f'{name}: error: {_sentence(error)}'
-        if isinstance(error, KeyboardInterrupt):
-            code, text = 130, f'{name}: interrupted'
-        elif isinstance(error, BrokenPipeError):  # `| head` has read enough
-            code, text = 141, ''
-        elif len(words) < len(given):
-            traceback.print_exc()
-        print(text, end='\n' if text else '', file=sys.stderr)
+    except BrokenPipeError:  # `| head` has read enough
+        code, text = 141, ''
+    except KeyboardInterrupt:
+        code, text = 130, f'{name}: interrupted\n'
+    except BaseException as error:  # a panic of safetensors is no Exception
+        code, text = 1, f'{name}: error: {_sentence(error)}\n'
+        if len(words) < len(given):
+            sys.excepthook(type(error), error, error.__traceback__)
+    print(text, end='', file=sys.stderr)
     if argv is None:  # Python would try to print the rest at its end
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     return code
@@ -59,26 +54,28 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(words: list[str], process: bool) -> None:
     """Import the module of the subcommand, and no other, and run it."""
-    background = signal.getsignal(signal.SIGINT) is signal.SIG_IGN  # a shell lets Ctrl-C pass its background jobs by
+    on_interrupt = signal.getsignal(signal.SIGINT)
     if process:
         for stream in filter(None, (sys.stdout, sys.stderr)):
             stream.reconfigure(errors='backslashreplace')  # type: ignore[union-attr]
-        if not background:
+        if on_interrupt is signal.default_int_handler:  # and not ignored, as by a shell's background jobs
             signal.signal(signal.SIGINT, _stop)
+    import argparse  # only now, so that Ctrl-C has no time to end in a traceback
+    import importlib.metadata
+
     parser = argparse.ArgumentParser('timm-msar', description='MS-SAR networks for timm.')
     version = f'timm-msar {importlib.metadata.version("timm-msar")}'
     parser.add_argument('--version', action='version', version=version)
     parser.add_argument('--traceback', action='store_true', help='show the traceback of an error')
-    subparsers = parser.add_subparsers(dest='command', required=True, metavar='COMMAND')
+    subparsers = parser.add_subparsers(required=True, metavar='COMMAND')
     commands = {name: subparsers.add_parser(name, help=text, description=text) for name, text in COMMANDS.items()}
     if words and words[0] in COMMANDS:
         module = importlib.import_module(f'timm_msar.cli.{words[0]}')
         module.add_arguments(commands[words[0]])
     args = parser.parse_args(words)
     if process:
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-        if not background:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGINT, on_interrupt)
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # tidies up, as Ctrl-C does
     module.main(args)
 
 
@@ -86,12 +83,14 @@ def _sentence(error: BaseException) -> str:
     """What is wrong, in one line of printable characters."""
     text, kind = str(error), type(error)
     if kind.__module__ != 'timm_msar.cli.errors':
-        text = re.sub(r'^\[Errno \d+\] ', '', ' '.join(text.split()))[:400]
+        text = ' '.join(text.split())[:400]
         if isinstance(error, MemoryError):
-            text = f'memory is short {text}'
-        elif not (isinstance(error, OSError) and error.strerror):
+            text = f'memory is short. {text}'
+        elif isinstance(error, OSError) and error.strerror:
+            text = text.removeprefix(f'[Errno {error.errno}] ')
+        else:
             text = f'{kind.__name__}: {text}'
-    return ''.join(c if c.isprintable() else repr(c)[1:-1] for c in text).strip()
+    return ''.join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def _stop(*_) -> None:

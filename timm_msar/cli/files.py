@@ -22,7 +22,7 @@ def regular_file(path: Path) -> Path:
 
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:
-    """Give a name to write a file or a folder under. It gets its own name, `path`, when the block ends without an error.
+    """Give a name to write a file or a folder under. It becomes `path` when the block ends without an error.
 
     Until then it is in a hidden folder beside `path`, which only a killed process leaves behind.
 
