@@ -60,12 +60,12 @@ def load_trained(path: Path, ema: str = 'auto') -> Trained:
     return Trained(model, args, checkpoint['epoch'], use_ema, results if use_ema == validated_ema else {})
 
 
-def load_network(path: Path, name: str) -> tuple[Any, dict[str, Any]]:
+def load_network(path: Path, name: str | None = None) -> tuple[Any, dict[str, Any]]:
     """Rebuild a network from a checkpoint, validated or not, or from a safetensors file, which holds its weights only.
 
     Args:
         path: A checkpoint of train.py, or a file that ends in .safetensors.
-        name: The network's name.
+        name: The network's name; None for the one that a checkpoint of train.py names.
 
     Returns:
         The network in evaluation mode, and train.py's arguments, {'model': name} for a safetensors file.
@@ -74,12 +74,14 @@ def load_network(path: Path, name: str) -> tuple[Any, dict[str, Any]]:
         CommandError: The file cannot be read, or does not hold the complete, finite weights of this network.
     """
     if path.suffix == '.safetensors':
+        if name is None:
+            raise CommandError(f'{path} does not say of which network it is; give --model NAME')
         with one_sentence(f'cannot read {path}', SafetensorError):
             refuse_special(path)
             return _rebuild({'model': name}, load_file(path), path), {'model': name}
     checkpoint = read_checkpoint(path)
     args = _arguments(checkpoint, path)
-    if args['model'].partition('.')[0] != name.partition('.')[0]:
+    if name and args['model'].partition('.')[0] != name.partition('.')[0]:
         raise CommandError(f'{path} is a checkpoint of {args["model"]}, not of {name}')
     return _rebuild(args, _weights(checkpoint, args, path, 'auto')[0], path), args
 
