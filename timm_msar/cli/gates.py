@@ -63,15 +63,11 @@ def main(args: argparse.Namespace) -> None:
         raise CommandError(f'pictures are PNG, so --output must be a folder or end in .png, not {output}')
     if one and (len(files) > 1 or output.resolve() == files[0].resolve()):
         raise CommandError(f'--output {output} is one of the images, or one name for several; give another')
-    if not one and output.exists() and not (output.is_dir() and not any(output.iterdir())):
-        raise CommandError(f'{output} exists already; delete it or give another --output')
-    network = photo.load(args.model, args.checkpoint)
     sheet: list[tuple[np.ndarray, str, Maps]] = []
     lines: list[str] = []
     drawn = 0
-    with whole(output) as aside:
-        if not one:
-            aside.mkdir()
+    with whole(output, folder=not one) as aside:
+        network = photo.load(args.model, args.checkpoint)
         for path, x in photo.prepared(files, network):
             image, prediction, maps = look(network, x)
             target = aside if one else _free(aside / f'{path.stem}.png')
