@@ -28,6 +28,7 @@ HOW_CHOSEN = 'Shown are the channels whose gates vary most over the image.'
 
 
 Maps = list[tuple[str, np.ndarray]]  # gates, (height, width), with titles
+Row = tuple[np.ndarray, str, Maps]  # of a picture: an image with its title, and gates
 
 
 class Look(NamedTuple):
@@ -63,22 +64,21 @@ def main(args: argparse.Namespace) -> None:
         raise CommandError(f'pictures are PNG, so --output must be a folder or end in .png, not {output}')
     if one and (len(files) > 1 or output.resolve() == files[0].resolve()):
         raise CommandError(f'--output {output} is one of the images, or one name for several; give another')
-    sheet: list[tuple[np.ndarray, str, Maps]] = []
+    sheet: list[Row] = []
     lines: list[str] = []
     drawn = 0
     with whole(output, folder=not one) as aside:
         network = photo.load(args.model, args.checkpoint)
         for path, x in photo.prepared(files, network):
-            image, prediction, maps = look(network, x)
+            seen = look(network, x)
             target = aside if one else _free(aside / f'{path.stem}.png')
-            rows = [(image, f'{prediction}\n{layer}', of_layer) for layer, of_layer in maps.items()]
+            rows = [(seen.image, f'{seen.prediction}\n{layer}', maps) for layer, maps in seen.maps.items()]
             draw(rows, f'{path.name}, {network.name}', target)
             drawn += 1
-            if drawn <= ON_SHEET:  # with the two channels of each stage that vary most
-                short = [(f'{layer}\n{title}', z) for layer, of_layer in maps.items() for title, z in of_layer[:2]]
-                sheet.append((image, f'{prediction}\n{path.name}', short))
-            lines.append(f'{path}: {prediction} → {output if one else output / target.name}')
-            if all((abs(z - 0.5) < 5e-4).all() for of_layer in maps.values() for _, z in of_layer):
+            if drawn <= ON_SHEET:
+                sheet.append(short_row(seen, path.name))
+            lines.append(f'{path}: {seen.prediction} → {output if one else output / target.name}')
+            if all((abs(z - 0.5) < 5e-4).all() for maps in seen.maps.values() for _, z in maps):
                 lines.append('    all gates are 0.500 to three digits')
         if not drawn:
             raise CommandError('no image can be read, so nothing is drawn')
@@ -119,7 +119,13 @@ def look(network: photo.Network, x: Tensor) -> Look:
     return Look(pixels.numpy(), prediction, maps)
 
 
-def draw(rows: Sequence[tuple[np.ndarray, str, Maps]], title: str, path: Path) -> None:
+def short_row(seen: Look, name: str = '') -> Row:
+    """One row for an image: of each stage the two channels that vary most."""
+    short = [(f'{layer}\n{title}', z) for layer, maps in seen.maps.items() for title, z in maps[:2]]
+    return seen.image, f'{seen.prediction}\n{name}', short
+
+
+def draw(rows: Sequence[Row], title: str, path: Path) -> None:
     """Write a PNG file: in each row an image, its title, and maps with the edges of the image over them.
 
     The colours of all maps are on one scale. It reaches from 0.5 to both sides as far as the gates do.
