@@ -121,13 +121,11 @@ def check(root: Path, num_classes: int | None = None) -> list[int]:
         unusable = [f'{path} ({reason})' for path, reason in zip(paths, reasons, strict=True) if reason]
         if unusable:
             raise CommandError(f'{len(unusable)} {split} images cannot be used, the first is {unusable[0]}')
-        suffixes = (path.suffix for path in Path(dataset.reader.root).rglob('*') if not path.is_dir())
-        passed_over = Counter(
-            suffix or 'without an ending' for suffix in suffixes if not is_img_extension(suffix.lower())
-        )
         lines.append(f'{split}: {len(paths)} images, and every one opens.')
-        if kinds := ', '.join(f'{number} {suffix}' for suffix, number in passed_over.most_common()):
-            lines.append(f'{split}: timm passes over {passed_over.total()} other files, in training too: {kinds}.')
+        suffixes = (path.suffix.lower() for path in Path(dataset.reader.root).rglob('*') if not path.is_dir())
+        passed_over = Counter(suffix or 'without an ending' for suffix in suffixes if not is_img_extension(suffix))
+        if kinds := ', '.join(f'{number} {suffix}' for suffix, number in sorted(passed_over.items())):
+            lines.append(f'{split}: timm passes over other files, in training too: {kinds}.')
     print('\n'.join(lines))
     return [len(dataset) for dataset in datasets.values()]
 
