@@ -44,7 +44,7 @@ def test_weights_follow_from_the_seed_and_from_the_digits_that_are_not_held_out(
     model = timm.create_model(f'local-dir:{tmp_path / "a" / "weights"}', pretrained=True).eval()
     assert model.pretrained_cfg['tag'] == 'digits' and model.pretrained_cfg['label_names'][7] == '7'
     transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model), is_training=False)
-    images = torch.stack([transform(image) for image, _ in demo.Digits(held_out=True)])
+    images = torch.stack([transform(image) for image in demo.Digits(held_out=True).images])
     tested, _ = next(iter(demo.loader(demo.Digits(held_out=True), is_training=False)))
     torch.testing.assert_close(images, tested)
     with torch.no_grad():

@@ -181,10 +181,8 @@ def draw(groups: Sequence[Curves], output: Path) -> None:
         axis.set_xlabel('epoch')
         axis.set_title(title)
         axis.grid(alpha=0.3)
-    handles, labels = axes[0].get_legend_handles_labels()
-    legend = figure.legend(
-        handles, labels, loc='outside lower center', ncols=3, fontsize=8, title='mean and range of n runs'
-    )
+    lines, title = axes[0].get_legend_handles_labels(), 'mean and range of n runs'
+    legend = figure.legend(*lines, loc='outside lower center', ncols=3, fontsize=8, title=title)
     for text in legend.get_texts():
         text.set_parse_math(False)
     with whole(output) as aside:

@@ -60,19 +60,14 @@ too: timm reads .png, .jpg and .jpeg alone."""
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add one sub-command per data set, and `check`."""
     commands = parser.add_subparsers(dest='dataset', required=True, metavar='{cifar10,cifar100,fashion_mnist,check}')
-    source_help = {
-        'cifar10': 'folder that holds cifar-10-batches-py (default: download it)',
-        'cifar100': 'folder that holds cifar-100-python (default: download it)',
-        'fashion_mnist': f'folder that holds the four idx .gz files (default: {DEBIAN_FASHION_MNIST}, '
-        "from Debian's dataset-fashion-mnist, if it is there, otherwise download them)",
-    }
-    for name, source in source_help.items():
-        command = commands.add_parser(name, help=f'prepare {DATASETS[name].__name__} for train.py --data-dir ROOT')
+    files = f'the four idx .gz files (default: those in {DEBIAN_FASHION_MNIST} or, without these, download them)'
+    for name, dataset in DATASETS.items():
+        command = commands.add_parser(name, help=f'prepare {dataset.__name__} for train.py --data-dir ROOT')
         command.add_argument('root', metavar='ROOT', type=Path, help='folder to make')
-        command.add_argument('--source', metavar='DIR', type=Path, help=source)
-        command.add_argument(
-            '--per-class', metavar='N', type=whole_number(1), help='keep the first N training images of each class'
-        )
+        held = files if name == 'fashion_mnist' else f'{dataset.base_folder} (default: download it)'
+        command.add_argument('--source', metavar='DIR', type=Path, help=f'folder that holds {held}')
+        keep = 'keep the first N training images of each class'
+        command.add_argument('--per-class', metavar='N', type=whole_number(1), help=keep)
     command = commands.add_parser('check', help='check a folder of images of your own', description=CHECK)
     command.add_argument('root', metavar='ROOT', type=Path, help='folder with a train and a validation folder')
     command.add_argument('--num-classes', metavar='N', type=whole_number(1), help="the config's num_classes")
@@ -171,9 +166,8 @@ def prepare(name: str, root: Path, source: Path | None = None, per_class: int | 
                 Image.fromarray(padded).save(aside / split / classes[label] / f'{index:05d}.png')
         facts |= {'classes': classes, **{split: len(labels) for split, (_, labels, _) in splits.items()}}
         (aside / 'dataset.json').write_text(json.dumps(facts, indent=2) + '\n')
-    print(
-        f'{root} is ready for train.py --data-dir: {facts["train"]} training, {facts["validation"]} validation images'
-    )
+    counts = f'{facts["train"]} training, {facts["validation"]} validation images'
+    print(f'{root} is ready for train.py --data-dir: {counts}')
 
 
 def _load(name: str, source: Path | None, download: Path) -> tuple[list[str], dict]:

@@ -27,7 +27,7 @@ from .files import whole
 from .gates import draw, look, short_row
 from .photo import Network
 
-# Of the loader and of the saved network, so that who loads it prepares images as they were here.
+# Of the loader and of the saved network, so that whoever loads it prepares images as they were here.
 DATA_CONFIG: dict[str, Any] = {
     'input_size': (3, 32, 32),
     'mean': (0.305, 0.305, 0.305),
@@ -49,26 +49,21 @@ class Digits(Dataset):
         pixels = (digits.images[chosen] * (255 / 16)).astype(np.uint8)
         self.images = [Image.fromarray(p).convert('RGB').resize((32, 32), Image.Resampling.BILINEAR) for p in pixels]
         self.targets = digits.target[chosen].tolist()
-        self.transform = None
+        self.transform: Any = None  # the loader sets it
 
     def __len__(self) -> int:
         return len(self.targets)
 
     def __getitem__(self, index: int):
-        image = self.images[index]
-        return self.transform(image) if self.transform else image, self.targets[index]
+        return self.transform(self.images[index]), self.targets[index]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of `timm-msar demo`."""
+    """Add the arguments of `timm-msar demo`."""
+    seed = whole_number(0, 2**32 - 1)  # NumPy takes no other
     parser.add_argument('--output', type=Path, default=Path('demo'), help='folder to make (default: %(default)s)')
-    parser.add_argument(
-        '--epochs', type=whole_number(1), default=8, help='passes over the images (default: %(default)s)'
-    )
-    # NumPy takes no other seed.
-    parser.add_argument(
-        '--seed', type=whole_number(0, 2**32 - 1), default=0, help='seed of everything random (default: %(default)s)'
-    )
+    parser.add_argument('--epochs', type=whole_number(1), default=8, help='passes over the images (%(default)s)')
+    parser.add_argument('--seed', type=seed, default=0, help='seed of everything random (%(default)s)')
 
 
 def main(args: argparse.Namespace) -> None:
@@ -79,43 +74,29 @@ def main(args: argparse.Namespace) -> None:
     start, output = time.monotonic(), args.output
     with whole(output, folder=True) as aside:
         model, accuracy = train(args.epochs)
-        # With what timm's transform needs to know about the images.
-        model_config = {'pretrained_cfg': {'tag': 'digits'}, 'label_names': DIGITS}
-        save_for_hf(
-            model, aside / 'weights', model_config=model_config, safe_serialization=True, data_config=DATA_CONFIG
-        )
+        config = {'pretrained_cfg': {'tag': 'digits'}, 'label_names': DIGITS}
+        save_for_hf(model, aside / 'weights', config, safe_serialization=True, data_config=DATA_CONFIG)
         loaded = timm.create_model(f'local-dir:{aside / "weights"}', pretrained=True).eval()
         images = torch.cat([x for x, _ in loader(Digits(held_out=True), is_training=False)])
         with torch.inference_mode():
             if not torch.equal(loaded(images), model(images)):
-                raise RuntimeError('the logits of the weights loaded back differ')
-        rows = [
-            short_row(look(Network('', loaded, DATA_CONFIG, DIGITS), x[None])) for x in images[:: len(images) // 8][:8]
-        ]
-        draw(rows, 'Test images with predictions; gates of the last block of each stage', aside / 'gates.png')
-
-    print(f'\nheld-out accuracy   {accuracy:.2f} % after {args.epochs} epochs, {time.monotonic() - start:.0f} s')
-    print(f'weights             {output / "weights"} (loaded back: the same logits)')
-    print(f'gates               {output / "gates.png"}')
-    print(f"use them            timm.create_model('local-dir:{output / 'weights'}', pretrained=True)")
-    print('                    after import timm, timm_msar')
+                raise RuntimeError('the weights loaded back give other logits')
+        network = Network('', loaded, DATA_CONFIG, DIGITS)
+        rows = [short_row(look(network, image[None])) for image in images[:: len(images) // 8][:8]]
+        draw(rows, 'Test images with predictions, and gates of the last block of each stage', aside / 'gates.png')
+    print(f"""
+held-out accuracy   {accuracy:.2f} % after {args.epochs} epochs, {time.monotonic() - start:.0f} s
+weights             {output / 'weights'} (loaded back: the same logits)
+gates               {output / 'gates.png'}
+use them            timm.create_model('local-dir:{output / 'weights'}', pretrained=True)
+                    after import timm, timm_msar""")
 
 
 def loader(dataset: Digits, is_training: bool):
-    """timm's loader, with crops moved and scaled a little in training; a digit is not mirrored."""
-    return create_loader(
-        dataset,
-        **DATA_CONFIG,
-        batch_size=64,
-        is_training=is_training,
-        scale=(0.7, 1.0),
-        ratio=(0.9, 1.1),
-        hflip=0.0,
-        color_jitter=0.0,
-        num_workers=0,
-        use_prefetcher=False,
-        device=torch.device('cpu'),
-    )
+    """Make timm's loader, which moves and scales images a little in training; a digit is not mirrored."""
+    augmentation = {'scale': (0.7, 1.0), 'ratio': (0.9, 1.1), 'hflip': 0.0, 'color_jitter': 0.0}
+    here = {'num_workers': 0, 'use_prefetcher': False, 'device': torch.device('cpu')}
+    return create_loader(dataset, **DATA_CONFIG, **augmentation, **here, batch_size=64, is_training=is_training)
 
 
 def train(epochs: int) -> tuple[torch.nn.Module, float]:
@@ -124,27 +105,19 @@ def train(epochs: int) -> tuple[torch.nn.Module, float]:
     train_loader = loader(Digits(held_out=False), is_training=True)
     test_loader = loader(Digits(held_out=True), is_training=False)
     optimizer = create_optimizer_v2(model, opt='sgd', lr=0.1, momentum=0.9, weight_decay=1e-4)
-    scheduler, _ = create_scheduler_v2(
-        optimizer,
-        sched='cosine',
-        num_epochs=epochs,
-        updates_per_epoch=len(train_loader),
-        step_on_epochs=False,
-        warmup_epochs=0,
-        min_lr=0,
-    )
-    accuracy, step = 0.0, 0
+    updates = len(train_loader)
+    by_update = {'updates_per_epoch': updates, 'step_on_epochs': False, 'warmup_epochs': 0, 'min_lr': 0}
+    scheduler, _ = create_scheduler_v2(optimizer, sched='cosine', num_epochs=epochs, **by_update)
+    accuracy = 0.0
     for epoch in range(epochs):
         model.train()
         progress = tqdm(train_loader, f'epoch {epoch + 1}/{epochs}', unit=' batches', disable=None)
-        for images, targets in progress:
+        for step, (images, targets) in enumerate(progress, epoch * updates + 1):
             loss = F.cross_entropy(model(images), targets)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            step += 1
             scheduler.step_update(step)
-            progress.set_postfix(loss=f'{loss.item():.3f}')
         model.eval()
         with torch.inference_mode():
             correct = sum((model(images).argmax(1) == targets).sum().item() for images, targets in test_loader)
