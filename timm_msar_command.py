@@ -86,6 +86,8 @@ def _sentence(error: BaseException) -> str:
         text = ' '.join(text.split())[:400]
         if isinstance(error, MemoryError):
             text = f'memory is short. {text}'
+        elif isinstance(error, ModuleNotFoundError) and error.name in ('matplotlib', 'sklearn'):
+            text = f'{error.name} is missing; run pip install "timm-msar[demo]"'
         elif isinstance(error, OSError) and error.strerror:
             text = text.removeprefix(f'[Errno {error.errno}] ')
         else:

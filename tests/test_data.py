@@ -126,7 +126,6 @@ def test_offline_it_says_what_to_fetch_and_where_it_goes(tmp_path, monkeypatch, 
 def test_fashion_mnist_is_padded_to_32_and_for_training_to_40(fashion):
     source, root, images = fashion
     run('fashion_mnist', root, '--source', source)
-    assert sorted(path.name for path in root.parent.iterdir()) == ['root', 'source']
     assert sorted(path.name for path in root.iterdir()) == ['dataset.json', 'train', 'validation']
     for split in data.SPLITS:
         dataset = create_dataset('', root=str(root), split=split)
@@ -169,10 +168,14 @@ def test_real_fashion_mnist(tmp_path):
     assert images.shape == (6000, 32, 32) and (splits['train'][1][indices] == labels).all()
 
 
-def as_bytes(batch):
-    pixels = (batch * 255).round().to(torch.uint8)
-    assert torch.allclose(pixels / 255, batch, atol=1e-6)  # nothing between two grey values: no interpolation
-    return pixels.permute(0, 2, 3, 1).numpy()
+def loaded(dataset, **kwargs):
+    """The bytes of each image as timm's loader gives it."""
+    no_change = {'mean': (0.0, 0.0, 0.0), 'std': (1.0, 1.0, 1.0), 'device': torch.device('cpu')}
+    workers = {'batch_size': 20, 'num_workers': 0, 'persistent_workers': False}
+    for batch, _ in create_loader(dataset, (3, 32, 32), **no_change, **workers, **kwargs):
+        pixels = (batch * 255).round().to(torch.uint8)
+        assert torch.allclose(pixels / 255, batch, atol=1e-6)  # nothing between two grey values: no interpolation
+        yield from pixels.permute(0, 2, 3, 1).numpy()
 
 
 @pytest.fixture
@@ -192,23 +195,6 @@ def test_training_images_are_the_81_crops_and_their_mirrors(one_cifar_image, int
     draws = 2000
     dataset = create_dataset('', root=str(root), split='train', is_training=True)
     dataset.reader.samples = dataset.reader.samples * draws  # the same image again and again
-    loader = create_loader(
-        dataset,
-        input_size=(3, 32, 32),
-        batch_size=100,
-        is_training=True,
-        scale=(0.64, 0.64),
-        ratio=(1.0, 1.0),
-        hflip=0.5,
-        color_jitter=0.0,
-        interpolation=interpolation,
-        mean=(0.0, 0.0, 0.0),
-        std=(1.0, 1.0, 1.0),
-        num_workers=0,
-        persistent_workers=False,
-        device=torch.device('cpu'),
-        use_prefetcher=prefetcher,
-    )
     padded = np.pad(original, [(4, 4), (4, 4), (0, 0)])
     wanted = {}
     for top in range(9):
@@ -221,9 +207,9 @@ def test_training_images_are_the_81_crops_and_their_mirrors(one_cifar_image, int
     random.seed(0)
     torch.manual_seed(0)
     seen = dict.fromkeys(wanted.values(), 0)
-    for batch, _ in loader:
-        for image in as_bytes(batch):
-            seen[wanted[image.tobytes()]] += 1  # a KeyError is an image that is none of the 162
+    recipe = {'scale': (0.64, 0.64), 'ratio': (1.0, 1.0), 'hflip': 0.5, 'color_jitter': 0.0}
+    for image in loaded(dataset, is_training=True, interpolation=interpolation, use_prefetcher=prefetcher, **recipe):
+        seen[wanted[image.tobytes()]] += 1  # a KeyError is an image that is none of the 162
     assert sum(seen.values()) == draws
     assert min(seen.values()) > 0
     chi_square = sum((count - draws / 162) ** 2 for count in seen.values()) / (draws / 162)
@@ -234,20 +220,7 @@ def test_training_images_are_the_81_crops_and_their_mirrors(one_cifar_image, int
 def test_validation_images_are_the_originals(one_cifar_image, interpolation, prefetcher):
     root, _, originals = one_cifar_image
     dataset = create_dataset('', root=str(root), split='validation')
-    loader = create_loader(
-        dataset,
-        input_size=(3, 32, 32),
-        batch_size=8,
-        crop_pct=1.0,
-        interpolation=interpolation,
-        mean=(0.0, 0.0, 0.0),
-        std=(1.0, 1.0, 1.0),
-        num_workers=0,
-        persistent_workers=False,
-        device=torch.device('cpu'),
-        use_prefetcher=prefetcher,
-    )
-    outputs = np.concatenate([as_bytes(batch) for batch, _ in loader])
+    outputs = np.stack([*loaded(dataset, crop_pct=1.0, interpolation=interpolation, use_prefetcher=prefetcher)])
     order = [int(path.removesuffix('.png')) for path in dataset.filenames(basename=True)]
     assert sorted(order) == list(range(len(originals)))
     assert np.array_equal(outputs, originals[order])

@@ -7,7 +7,6 @@ import sys
 import pytest
 
 from timm_msar.cli import files
-from timm_msar.cli.errors import CommandError
 
 
 def content(path):
@@ -84,11 +83,3 @@ def test_a_link_is_followed_and_the_longest_name_is_taken(tmp_path):
     with files.whole(tmp_path / 'link') as aside:
         write(aside, 'new', False)
     assert (tmp_path / 'link').is_symlink() and content(target) == 'new'
-
-
-def test_what_is_there_is_refused_before_anything_is_done(tmp_path):
-    (tmp_path / 'file').touch()
-    for path, folder in ((tmp_path / 'file', True), (tmp_path, True), (tmp_path, False)):
-        with pytest.raises(CommandError, match='exists already'), files.whole(path, folder):
-            pytest.fail('went on')
-    assert [path.name for path in tmp_path.iterdir()] == ['file']
