@@ -64,7 +64,7 @@ class Code:
 def test_checkpoints(tmp_path, command):
     """Half of the damages are where a checkpoint's structure is: the pickle at its start, the directory at its end."""
     rng, path = random.Random(0), make_run(tmp_path, 'cifar_resnet20_msar')
-    image, output = tmp_path / 'image.png', tmp_path / 'out'
+    image, output = tmp_path / 'image.png', tmp_path / 'out.png'
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)).save(image)
     resave(path, optimizer=None)  # a smaller file
     good, right = path.read_bytes(), command('predict', image, '--checkpoint', path)
@@ -83,7 +83,7 @@ def test_checkpoints(tmp_path, command):
         codes.append(result[0])
         if i % 20 == 0:
             name, source = ('export', (path,)) if i % 40 else ('gates', (image, '--checkpoint', path))
-            command(name, *source, '--output', output.with_suffix(f'.{i}'), output=output.with_suffix(f'.{i}'))
+            command(name, *source, '--output', output.with_name(f'{i}.png'), output=output.with_name(f'{i}.png'))
     assert 80 < sum(codes) < 120  # the others are flips in what nobody reads
 
     path.write_bytes(good)
@@ -166,7 +166,7 @@ def test_paths(tmp_path, command):
             ('predict', path, *model),
             ('predict', tmp_path / 'file', '--checkpoint', path),
             ('predict', tmp_path / 'file', '--model', f'local-dir:{path}'),
-            ('gates', path, *model, '--output', tmp_path / 'out'),
+            ('gates', path, *model, '--output', tmp_path / 'out.png'),
             ('gates', tmp_path / 'file', *model, '--output', path),
         ):
             assert command(*words)[0] == 1, words

@@ -267,14 +267,11 @@ def test_a_source_that_was_not_published(fashion, capsys):
     source, root, _ = fashion
     images = source / 'train-images-idx3-ubyte.gz'
     whole = images.read_bytes()
-    other = bytearray(gzip.decompress(whole))
-    other[-1] ^= 1
-    for broken in (whole[: len(whole) // 2], b'<html>', gzip.compress(other), whole[:-30] + b'x' * 30):
+    other = gzip.compress(gzip.decompress(whole)[:-1] + b'x')
+    for broken in (whole[: len(whole) // 2], b'<html>', other, whole[:-30] + b'x' * 30):
         images.write_bytes(broken)
         error = refused(capsys, 'fashion_mnist', root, '--source', source)
-        assert 'as it was published' in error or 'another checksum' in error
-    images.unlink()
-    assert 'there is no file' in refused(capsys, 'fashion_mnist', root, '--source', source)
+        assert ('has another checksum' if broken == other else 'as it was published') in error
     assert [path.name for path in root.parent.iterdir()] == ['source']
 
 

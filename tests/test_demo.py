@@ -64,19 +64,3 @@ def test_better_weights_of_an_earlier_demo_are_not_replaced(tmp_path, capsys, mo
         assert main(['demo', '--output', str(tmp_path / output)]) == 1
         assert message in capsys.readouterr().err
     assert [path.name for path in tmp_path.rglob('*')] == ['demo', 'weights']
-
-
-def test_what_is_interrupted_leaves_nothing(tmp_path, monkeypatch):
-    def interrupted(epochs):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(demo, 'train', interrupted)
-    assert main(['demo', '--output', str(tmp_path / 'demo')]) == 130
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize(('option', 'value'), [('--seed', '-1'), ('--seed', str(2**32)), ('--epochs', '1.5')])
-def test_a_number_out_of_range(option, value, capsys):
-    with pytest.raises(SystemExit, match='2'):
-        main(['demo', option, value])
-    assert f'argument {option}: must be a whole number from ' in capsys.readouterr().err

@@ -98,30 +98,25 @@ def test_without_the_hub_it_names_the_way_out(image, capsys, monkeypatch):
     assert '; --checkpoint FILE takes other weights' in capsys.readouterr().err
 
 
-def test_every_kind_of_image_is_seen_as_a_person_sees_it(tmp_path):
+def test_a_photo_is_read_as_a_person_sees_it(tmp_path):
     def saved(image, name='image.png', channels=3, **kwargs):
         image.save(tmp_path / name, **kwargs)
         return np.asarray(photo.read_photo(tmp_path / name, channels))
 
-    grey = np.arange(40 * 60).reshape(40, 60)
-    grey_8 = (grey % 256).astype(np.uint8)
-    for pixels in (grey_8, (grey_8.astype(np.uint16) * 256 + 77)):  # 8 and 16 bits
-        np.testing.assert_array_equal(saved(Image.fromarray(pixels)), np.repeat(grey_8[..., None], 3, 2))
-    assert saved(Image.fromarray(grey_8), channels=1).shape == (40, 60)
-    alpha = np.zeros((40, 60, 1), np.uint8)
-    alpha[:, :30] = 255
-    shown = saved(Image.fromarray(np.concatenate([COLORS, alpha], 2)))
-    np.testing.assert_array_equal(shown[:, :30], COLORS[:, :30])
-    assert (shown[:, 30:] == 255).all()
-    palette = Image.fromarray(grey_8 % 2, 'P')
+    grey = (np.arange(40 * 60).reshape(40, 60) % 256).astype(np.uint8)
+    deep = grey.astype(np.uint16) * 256 + 77
+    np.testing.assert_array_equal(saved(Image.fromarray(deep)), np.repeat(grey[..., None], 3, 2))
+    assert saved(Image.fromarray(grey), channels=1).shape == (40, 60)
+    half = np.full((40, 60, 1), 255, np.uint8)
+    half[:, 30:] = 0
+    shown = saved(Image.fromarray(np.concatenate([COLORS, half], 2)))
+    assert (shown[:, 30:] == 255).all() and (shown[:, :30] == COLORS[:, :30]).all()
+    palette = Image.fromarray(grey % 2, 'P')
     palette.putpalette([10, 20, 30, 40, 50, 60])
-    np.testing.assert_array_equal(saved(palette)[0, :2], [[10, 20, 30], [40, 50, 60]])
     np.testing.assert_array_equal(saved(palette, transparency=0)[0, :2], [[255] * 3, [40, 50, 60]])
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned clockwise
     np.testing.assert_array_equal(saved(Image.fromarray(COLORS), exif=exif), np.rot90(COLORS, -1))
-    assert saved(Image.new('CMYK', (40, 30)), 'image.jpg').shape == (30, 40, 3)
-    assert saved(Image.new('1', (40, 30)), channels=4).shape == (30, 40, 4)
     for pixels in (np.full((40, 40), 70_000, np.int32), np.ones((40, 40), np.float32)):  # which would become white
         with pytest.raises(photo.CommandError, match='its pixels have 32 bits; save it with 8 or 16'):
             saved(Image.fromarray(pixels), 'deep.tif')

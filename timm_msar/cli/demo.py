@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from .errors import whole_number
 from .files import whole
-from .gates import draw, look, short_row
+from .gates import draw, look
 from .photo import Network
 
 # Of the loader and of the saved network, so that whoever loads it prepares images as they were here.
@@ -82,8 +82,8 @@ def main(args: argparse.Namespace) -> None:
             if not torch.equal(loaded(images), model(images)):
                 raise RuntimeError('the weights loaded back give other logits')
         network = Network('', loaded, DATA_CONFIG, DIGITS)
-        rows = [short_row(look(network, image[None])) for image in images[:: len(images) // 8][:8]]
-        draw(rows, 'Test images with predictions, and gates of the last block of each stage', aside / 'gates.png')
+        looks = [look(network, image[None]) for image in images[:: len(images) // 8][:8]]
+        draw(looks, 'Test images with predictions, and gates of the last block of each stage', aside / 'gates.png')
     print(f"""
 held-out accuracy   {accuracy:.2f} % after {args.epochs} epochs, {time.monotonic() - start:.0f} s
 weights             {output / 'weights'} (loaded back: the same logits)

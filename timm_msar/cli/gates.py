@@ -1,19 +1,18 @@
 """Draw where the gates of a network open over images, with what it predicts.
 
-A picture shows the image as the network sees it and, for the last layer of each stage, the gates: their mean over
-channels and scales, their mean over channels at each scale, and the channels that vary most over the image.
+The picture shows an image as the network sees it and, of the last layer of each stage, the gates: the channels that
+vary most over the image, the mean over channels and scales, and the mean over channels at each scale. Of several images
+it has a row for each, with two channels of each stage.
 """
 
 import argparse
 import re
 from collections.abc import Sequence
-from itertools import count
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from ..gate_maps import gates
@@ -22,78 +21,49 @@ from .errors import CommandError
 from .files import whole
 
 CHANNELS = 3  # to show of each layer
-ON_SHEET = 32  # images, so that it can be looked at
-SHEET = 'contact_sheet.png'
+MOST = 32  # images in a picture that one can look at
 HOW_CHOSEN = 'Shown are the channels whose gates vary most over the image.'
 
 
-Maps = list[tuple[str, np.ndarray]]  # gates, (height, width), with titles
-Row = tuple[np.ndarray, str, Maps]  # of a picture: an image with its title, and gates
-
-
 class Look(NamedTuple):
-    """What a network sees, (H, W) or (H, W, 3) from 0 to 1, what it predicts, and its gates by the layer's name."""
+    """What a network sees, what it predicts, and its gates: titles and (height, width) arrays by the layer's name."""
 
-    image: np.ndarray
+    image: np.ndarray  # (H, W) or (H, W, 3), from 0 to 1
     prediction: str
-    maps: dict[str, Maps]
+    maps: dict[str, list[tuple[str, np.ndarray]]]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `timm-msar gates`."""
     photo.add_arguments(parser)
-    parser.add_argument(
-        '--output',
-        metavar='PATH',
-        type=Path,
-        default=Path('gates'),
-        help=f'folder to make, with a picture of each image and {SHEET}, or PNG file for one image '
-        '(default: %(default)s)',
-    )
+    default = Path('gates.png')
+    parser.add_argument('--output', metavar='PNG', type=Path, default=default, help='picture to write (%(default)s)')
 
 
 def main(args: argparse.Namespace) -> None:
     """Draw every image that can be read.
 
     Raises:
-        CommandError: The output is no name for what there is to draw, or images cannot be read.
+        CommandError: The output is not the name of a picture, or there are too many images, or some cannot be read.
     """
     output, files = args.output, photo.image_files(args.images)
-    one = output.suffix.lower() == '.png'
-    if not one and output.suffix.lower() in Image.registered_extensions():
-        raise CommandError(f'pictures are PNG, so --output must be a folder or end in .png, not {output}')
-    if one and (len(files) > 1 or output.resolve() == files[0].resolve()):
-        raise CommandError(f'--output {output} is one of the images, or one name for several; give another')
-    sheet: list[Row] = []
-    lines: list[str] = []
-    drawn = 0
-    with whole(output, folder=not one) as aside:
+    if output.suffix.lower() != '.png' or output.resolve() in [path.resolve() for path in files]:
+        raise CommandError(f'--output must end in .png and be none of the images, not {output}')
+    if len(files) > MOST:
+        raise CommandError(f'{len(files)} images are too many for one picture; give at most {MOST}')
+    with whole(output) as aside:
         network = photo.load(args.model, args.checkpoint)
-        for path, x in photo.prepared(files, network):
-            seen = look(network, x)
-            target = aside if one else _free(aside / f'{path.stem}.png')
-            rows = [(seen.image, f'{seen.prediction}\n{layer}', maps) for layer, maps in seen.maps.items()]
-            draw(rows, f'{path.name}, {network.name}', target)
-            drawn += 1
-            if drawn <= ON_SHEET:
-                sheet.append(short_row(seen, path.name))
-            lines.append(f'{path}: {seen.prediction} → {output if one else output / target.name}')
-            if all((abs(z - 0.5) < 5e-4).all() for maps in seen.maps.values() for _, z in maps):
-                lines.append('    all gates are 0.500 to three digits')
-        if not drawn:
+        looks = {path: look(network, x) for path, x in photo.prepared(files, network)}
+        if not looks:
             raise CommandError('no image can be read, so nothing is drawn')
-        if not one:
-            draw(sheet, network.name, aside / SHEET)
-            lines.append(f'{output / SHEET} has the first {len(sheet)} images')
-    print('\n'.join(map(photo.printable, lines)))  # now that the files are there
-    if failed := len(files) - drawn:
+        draw(list(looks.values()), f'{", ".join(path.name for path in looks)}: {network.name}', aside)
+    for path, seen in looks.items():  # now that the picture is there
+        print(photo.printable(f'{path}: {seen.prediction}'))
+        if all((abs(z - 0.5) < 5e-4).all() for maps in seen.maps.values() for _, z in maps):
+            print('    all gates are 0.500 to three digits')
+    print(photo.printable(f'drawn in {output}'))
+    if failed := len(files) - len(looks):
         raise CommandError(f'{failed} of {len(files)} images cannot be read; the others are drawn')
-
-
-def _free(path: Path) -> Path:
-    """The name, or with a number where another image has it."""
-    names = (path.with_stem(f'{path.stem}-{i}' if i > 1 else path.stem) for i in count(1))
-    return next(name for name in names if not name.exists() and name.name != SHEET)
 
 
 @torch.no_grad()
@@ -119,29 +89,31 @@ def look(network: photo.Network, x: Tensor) -> Look:
     return Look(pixels.numpy(), prediction, maps)
 
 
-def short_row(seen: Look, name: str = '') -> Row:
-    """One row for an image: of each stage the two channels that vary most."""
-    short = [(f'{layer}\n{title}', z) for layer, maps in seen.maps.items() for title, z in maps[:2]]
-    return seen.image, f'{seen.prediction}\n{name}', short
+def draw(looks: Sequence[Look], title: str, path: Path) -> None:
+    """Write a PNG file: one image with a row for each stage, or a row for each image, with its edges over the gates.
 
-
-def draw(rows: Sequence[Row], title: str, path: Path) -> None:
-    """Write a PNG file: in each row an image, its title, and maps with the edges of the image over them.
-
-    The colours of all maps are on one scale. It reaches from 0.5 to both sides as far as the gates do.
+    The colours of all gates are on one scale. It reaches from 0.5 to both sides as far as they do.
     """
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize
     from matplotlib.figure import Figure
 
+    if len(looks) > 1:
+        rows = [
+            (seen, '', [(f'{layer}\n{name}', z) for layer, maps in seen.maps.items() for name, z in maps[:2]])
+            for seen in looks
+        ]
+    else:
+        rows = [(seen, layer, maps) for seen in looks for layer, maps in seen.maps.items()]
     reach = max(0.001, *(abs(z - 0.5).max() for _, _, maps in rows for _, z in maps))
     colors = ScalarMappable(Normalize(0.5 - reach, 0.5 + reach), 'RdBu_r')
     columns = 1 + max(len(maps) for _, _, maps in rows)
     figure = Figure(figsize=(1.6 * columns + 1.2, 1.85 * len(rows) + 0.8), layout='constrained')
     axes = figure.subplots(len(rows), columns, squeeze=False)
-    for (image, name, maps), (first, *others) in zip(rows, axes):
+    for (seen, layer, maps), (first, *others) in zip(rows, axes):
+        image = seen.image
         first.imshow(image, cmap='gray', vmin=0, vmax=1)
-        first.set_title(photo.printable(name, '\n'), fontsize=8, wrap=True, parse_math=False)
+        first.set_title(f'{seen.prediction}\n{layer}', fontsize=8, wrap=True, parse_math=False)
         grey = image if image.ndim == 2 else image.mean(2)
         edges = np.hypot(*np.gradient(grey))
         shade = 0.4 * np.clip(edges / max(np.quantile(edges, 0.98), 1e-3), 0, 1)
@@ -155,5 +127,5 @@ def draw(rows: Sequence[Row], title: str, path: Path) -> None:
     for axis in axes.flat:
         axis.set(xticks=[], yticks=[])
     figure.colorbar(colors, ax=axes, aspect=40, label='gate: 0 closed, 1 open')
-    figure.suptitle(f'{photo.printable(title)}\n{HOW_CHOSEN}', fontsize=9, parse_math=False)
+    figure.suptitle(f'{photo.printable(title)[:150]}\n{HOW_CHOSEN}', fontsize=9, parse_math=False)
     figure.savefig(path, format='png', dpi=100)

@@ -133,6 +133,6 @@ def read_photo(path: Path, channels: int) -> Image.Image:
     return image.convert(MODES[channels])
 
 
-def printable(text: str, allowed: str = '') -> str:
+def printable(text: str) -> str:
     """Escape what cannot be printed, such as line breaks and bytes that are no UTF-8 in the name of a file."""
-    return ''.join(c if c.isprintable() or c in allowed else repr(c)[1:-1] for c in text)
+    return ''.join(c if c.isprintable() else repr(c)[1:-1] for c in text)
