@@ -202,7 +202,7 @@ def _unpacked(source: Path, download: Path) -> Path:
     for name, md5 in FASHION_MNIST_MD5.items():
         content = gzip.decompress(regular_file(source / f'{name}.gz').read_bytes())
         if hashlib.md5(content, usedforsecurity=False).hexdigest() != md5:
-            raise CommandError(f'{source / name}.gz has another checksum than the file of Fashion-MNIST')
+            raise RuntimeError(f'{source / name}.gz has another checksum')
         (raw / name).write_bytes(content)
     return download
 

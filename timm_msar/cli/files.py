@@ -34,15 +34,14 @@ def whole(path: Path, folder: bool = False) -> Iterator[Path]:
         The name, on the same file system.
 
     Raises:
-        CommandError: There is something else under the final name, or it is the folder one is in.
+        CommandError: There is something else under the final name. The folder one is in is not replaced either.
         OSError: It cannot be written.
     """
     path = Path(os.path.realpath(path))
     empty = path.is_dir() and not any(path.iterdir())
-    if (os.path.lexists(path) and not empty) if folder else path.is_dir():
-        raise CommandError(f'{path} exists already; delete it or give another name')
-    if path == Path.cwd():
-        raise CommandError(f'{path} is the folder you are in; give the name of a new one')
+    taken = os.path.lexists(path) and not empty if folder else path.is_dir()
+    if taken or path == Path.cwd():
+        raise CommandError(f'{path} exists already; give another name')
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix='.timm-msar-', dir=path.parent, ignore_cleanup_errors=True) as aside:
         new = Path(aside) / path.name

@@ -51,19 +51,25 @@ def main(args: argparse.Namespace) -> None:
         raise CommandError(f'--output must end in .png and be none of the images, not {output}')
     if len(files) > MOST:
         raise CommandError(f'{len(files)} images are too many for one picture; give at most {MOST}')
+    looks: dict[Path, Look] = {}
+    failed = None
     with whole(output) as aside:
         network = photo.load(args.model, args.checkpoint)
-        looks = {path: look(network, x) for path, x in photo.prepared(files, network)}
-        if not looks:
-            raise CommandError('no image can be read, so nothing is drawn')
+        try:
+            for path, x in photo.prepared(files, network):
+                looks[path] = look(network, x)
+        except CommandError as error:  # at the end, where some images cannot be read
+            if not looks:
+                raise
+            failed = error
         draw(list(looks.values()), f'{", ".join(path.name for path in looks)}: {network.name}', aside)
     for path, seen in looks.items():  # now that the picture is there
         print(photo.printable(f'{path}: {seen.prediction}'))
         if all((abs(z - 0.5) < 5e-4).all() for maps in seen.maps.values() for _, z in maps):
             print('    all gates are 0.500 to three digits')
     print(photo.printable(f'drawn in {output}'))
-    if failed := len(files) - len(looks):
-        raise CommandError(f'{failed} of {len(files)} images cannot be read; the others are drawn')
+    if failed:
+        raise failed
 
 
 @torch.no_grad()

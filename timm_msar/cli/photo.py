@@ -97,15 +97,23 @@ def image_files(paths: Sequence[Path]) -> list[Path]:
 
 
 def prepared(files: Sequence[Path], network: Network) -> Iterator[tuple[Path, Tensor]]:
-    """Prepare each image as the network takes it, (1, C, H, W). Print which cannot be read, and go on."""
+    """Prepare each image as the network takes it, (1, C, H, W). Print which cannot be read, and go on.
+
+    Raises:
+        CommandError: After the last image, where some cannot be read.
+    """
+    failed = 0
     transform = create_transform(**network.config, is_training=False)
     for path in tqdm(files, unit='image', disable=len(files) == 1 or None, leave=False):
         try:
             x = transform(read_photo(path, network.config['input_size'][0]))[None]
         except Exception as error:  # Pillow has no common class for what is wrong in a broken file
             tqdm.write(printable(f'{path} cannot be read: {error}'), file=sys.stderr)
+            failed += 1
         else:
             yield path, x
+    if failed:
+        raise CommandError(f'{failed} of {len(files)} images cannot be read')
 
 
 def read_photo(path: Path, channels: int) -> Image.Image:

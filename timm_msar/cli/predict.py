@@ -29,13 +29,9 @@ def main(args: argparse.Namespace) -> None:
     network = photo.load(args.model, args.checkpoint)
     if not network.model.num_classes:
         raise CommandError(f'{network.name} has no classifier, so it predicts nothing')
-    done = 0
     for path, x in photo.prepared(files, network):
         print(photo.printable(str(path)))
         probabilities = network.model(x).softmax(1)[0]
         best = probabilities.topk(min(CLASSES, len(probabilities)))
         for probability, index in zip(best.values.tolist(), best.indices.tolist()):
             print(f'  {probability:6.1%}  {network.class_name(index)}')
-        done += 1
-    if done < len(files):
-        raise CommandError(f'{len(files) - done} of {len(files)} images cannot be read')
