@@ -84,7 +84,7 @@ def test_weights_that_cannot_be_had(tmp_path, image, capsys):
         (('--model', 'local-dir:nowhere'), 'nowhere'),
         (('--model', 'cifar_resnet20', '--checkpoint', checkpoint), 'not of cifar_resnet20'),
         (('--checkpoint', tmp_path / 'plain.safetensors'), '--model NAME'),
-        (('--model', NAME, '--checkpoint', tmp_path / 'plain.safetensors'), 'tensors are missing'),
+        (('--model', NAME, '--checkpoint', tmp_path / 'plain.safetensors'), 'plain.safetensors'),
     ):
         assert run(image, *words) == 1
         assert message in capsys.readouterr().err
