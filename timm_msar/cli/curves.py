@@ -45,9 +45,8 @@ class Curves(NamedTuple):
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `timm-msar curves`."""
     parser.add_argument('runs', metavar='RUN_DIR', nargs='+', type=Path, help='folder with summary.csv and args.yaml')
-    parser.add_argument(
-        '--output', metavar='PNG', type=Path, default=Path('curves.png'), help='picture to write (default: %(default)s)'
-    )
+    default = Path('curves.png')
+    parser.add_argument('--output', metavar='PNG', type=Path, default=default, help='picture to write (%(default)s)')
 
 
 def main(args: argparse.Namespace) -> None:
@@ -114,22 +113,19 @@ def _together(label: str, runs: Sequence[Path], planned_epochs: int) -> Curves:
 
 def table(groups: Sequence[Curves]) -> str:
     """Make the table of configuration, number of seeds, last and best error, last losses, and epochs."""
-    rows: list[tuple[str, ...]] = [
-        ('configuration', 'n', 'last error %', 'best error %', 'training loss', 'validation loss', 'epochs')
-    ]
+    rows = [['configuration', 'n', 'last error %', 'best error %', 'training loss', 'validation loss', 'epochs']]
     for group in groups:
-        last, of = group.epochs[-1], group.planned_epochs
-        values = (
-            group.last('error'),
-            group.values['error'].min(axis=1),
-            group.last('train_loss'),
-            group.last('eval_loss'),
-        )
-        cells = [
-            f'{x.mean():.{digits}f}' + (f' ± {x.std(ddof=1):.{digits}f}' if len(x) > 1 else '')  # one run has no spread
-            for x, digits in zip(values, (2, 2, 4, 4))
-        ]
-        rows.append((group.label, str(len(values[0])), *cells, f'{last} of {of}' if last < of else f'{last}'))
+        last, of, best = group.epochs[-1], group.planned_epochs, group.values['error'].min(axis=1)
+        row = [group.label, str(len(best))]
+        for x, digits in (
+            (group.last('error'), 2),
+            (best, 2),
+            (group.last('train_loss'), 4),
+            (group.last('eval_loss'), 4),
+        ):
+            spread = f' ± {x.std(ddof=1):.{digits}f}' if len(x) > 1 else ''
+            row.append(f'{x.mean():.{digits}f}{spread}')
+        rows.append([*row, f'{last} of {of}' if last < of else f'{last}'])
     return _aligned(rows)
 
 
@@ -138,22 +134,20 @@ def differences(groups: Sequence[Curves]) -> str:
 
     It has a row for each two configurations of two runs or more that have ended after the same number of epochs.
     """
-    rows: list[tuple[str, ...]] = [
-        ('difference, mean ± standard error', 'n', 'error (points)', 'training loss', 'validation loss')
-    ]
+    rows = [['difference, mean ± standard error', 'n', 'error (points)', 'training loss', 'validation loss']]
     for first, second in combinations(groups, 2):
-        ended = all(len(g.values['error']) > 1 and g.epochs[-1] >= g.planned_epochs for g in (first, second))
+        ended = all(len(g.last('error')) > 1 and g.epochs[-1] >= g.planned_epochs for g in (first, second))
         if ended and first.epochs[-1] == second.epochs[-1]:
-            cells = []
+            row = [f'{second.label} - {first.label}', f'{len(second.last("error"))}, {len(first.last("error"))}']
             for column, digits in (('error', 2), ('train_loss', 4), ('eval_loss', 4)):
                 ours, theirs = second.last(column), first.last(column)
                 error = (ours.var(ddof=1) / len(ours) + theirs.var(ddof=1) / len(theirs)) ** 0.5
-                cells.append(f'{ours.mean() - theirs.mean():+.{digits}f} ± {error:.{digits}f}')
-            rows.append((f'{second.label} - {first.label}', f'{len(ours)}, {len(theirs)}', *cells))
+                row.append(f'{ours.mean() - theirs.mean():+.{digits}f} ± {error:.{digits}f}')
+            rows.append(row)
     return _aligned(rows) if len(rows) > 1 else ''
 
 
-def _aligned(rows: Sequence[tuple[str, ...]]) -> str:
+def _aligned(rows: Sequence[Sequence[str]]) -> str:
     widths = [max(map(len, column)) for column in zip(*rows)]
     return '\n'.join('  '.join(map(str.ljust, row, widths)).rstrip() for row in rows)
 

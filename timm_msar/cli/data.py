@@ -166,8 +166,7 @@ def prepare(name: str, root: Path, source: Path | None = None, per_class: int | 
                 Image.fromarray(padded).save(aside / split / classes[label] / f'{index:05d}.png')
         facts |= {'classes': classes, **{split: len(labels) for split, (_, labels, _) in splits.items()}}
         (aside / 'dataset.json').write_text(json.dumps(facts, indent=2) + '\n')
-    counts = f'{facts["train"]} training, {facts["validation"]} validation images'
-    print(f'{root} is ready for train.py --data-dir: {counts}')
+    print(f'{root} is ready for train.py: {facts["train"]} training, {facts["validation"]} validation images')
 
 
 def _load(name: str, source: Path | None, download: Path) -> tuple[list[str], dict]:

@@ -39,15 +39,10 @@ class Network(NamedTuple):
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments that choose the images and the network."""
     parser.add_argument('images', metavar='IMAGE', nargs='+', type=Path, help='image, or folder with images in it')
-    parser.add_argument(
-        '--model', metavar='NAME', help='name in timm, local-dir:FOLDER or hf-hub:ID; a checkpoint of train.py has it'
-    )
-    parser.add_argument(
-        '--checkpoint',
-        metavar='FILE',
-        type=Path,
-        help="checkpoint of train.py, or safetensors file (default: the network's pretrained weights)",
-    )
+    name = 'name in timm, local-dir:FOLDER or hf-hub:ID; a checkpoint of train.py has it'
+    weights = "checkpoint of train.py, or safetensors file (default: the network's pretrained weights)"
+    parser.add_argument('--model', metavar='NAME', help=name)
+    parser.add_argument('--checkpoint', metavar='FILE', type=Path, help=weights)
 
 
 def load(name: str | None, checkpoint: Path | None) -> Network:
