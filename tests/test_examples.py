@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from trained_run import make_run
 
-from timm_msar.cli import main
+import timm_msar_command
 
 FOLDER = Path(__file__).parents[1] / 'examples'
 ENV = {**os.environ, 'OMP_NUM_THREADS': '1', 'PATH': f'{Path(sys.executable).parent}:{os.environ["PATH"]}'}
@@ -56,7 +56,7 @@ def test_onnx_is_right_at_every_size(tmp_path):
 
 def test_the_pipeline_of_transformers_gives_the_networks_probability(tmp_path):
     pytest.importorskip('transformers')
-    assert main(['export', str(make_run(tmp_path)), '--output', str(tmp_path / 'out')]) == 0
+    assert timm_msar_command.main(['export', str(make_run(tmp_path)), '--output', str(tmp_path / 'out')]) == 0
     image = Image.linear_gradient('L').resize((40, 40)).convert('RGB')
     image.save(tmp_path / 'image.png')
     model = timm.create_model(f'local-dir:{tmp_path / "out"}', pretrained=True).eval()

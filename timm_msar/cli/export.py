@@ -39,9 +39,7 @@ def main(args: argparse.Namespace) -> None:
     """
     # `a/../b` can be written where there is no `a`, but not found afterwards.
     output = Path(os.path.realpath(args.output)) if '..' in args.output.parts else args.output
-    if os.path.lexists(output):
-        raise CommandError(f'{output} exists already; delete it or give another --output')
-    with whole(output) as folder:
+    with whole(output, folder=True) as folder:
         summary = write_folder(args.checkpoint, folder, f'local-dir:{output.name}')
     print(f'{summary}\n{output} is ready; after import timm, timm_msar:')
     print(f'timm.create_model("local-dir:{output}", pretrained=True)')

@@ -1,0 +1,85 @@
+"""A file or folder is the old or the new one, whole, wherever its writing is interrupted or killed."""
+
+import os
+import signal
+import sys
+
+import pytest
+
+from timm_msar.cli import files
+
+
+def content(path):
+    if path.is_dir():
+        return {(file.name, file.read_text()) for file in path.iterdir()}
+    return path.read_text() if path.exists() else None
+
+
+def write(path, text, folder):
+    for target in (path / 'a', path / 'b') if folder else (path,):
+        target.write_text(text)
+
+
+def stopped_at(line, path, folder, stop):
+    """Write `path` anew in another process that is stopped before the line-th line of the module; whether it was."""
+    child = os.fork()
+    if child == 0:
+        lines = 0
+
+        def trace(frame, event, _):
+            nonlocal lines
+            if frame.f_code.co_filename != files.__file__:
+                return None
+            lines += event == 'line'
+            if event == 'line' and lines == line:
+                stop()
+            return trace
+
+        code = 1
+        try:
+            sys.settrace(trace)
+            with files.whole(path, folder) as aside:
+                write(aside, 'new', folder)
+            code = 0
+        finally:
+            os._exit(code)
+    return os.waitpid(child, 0)[1] != 0
+
+
+def interrupt():
+    raise KeyboardInterrupt
+
+
+def kill():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.skipif(not hasattr(os, 'fork'), reason='needs os.fork')
+@pytest.mark.parametrize('stop', [interrupt, kill])
+@pytest.mark.parametrize('folder', [True, False])
+def test_stopped_before_any_line(tmp_path, folder, stop):
+    new = {('a', 'new'), ('b', 'new')} if folder else 'new'
+    before = set() if folder else 'old'
+    seen, line = [], 0
+    while True:
+        line += 1
+        room = tmp_path / str(line)
+        path = room / 'result'
+        (path if folder else room).mkdir(parents=True)
+        if not folder:
+            path.write_text('old')
+        if not stopped_at(line, path, folder, stop):
+            break
+        seen.append(content(path))
+        assert seen[-1] in (before, new)
+        assert stop is kill or [file.name for file in room.iterdir()] == ['result']
+    assert content(path) == new and before in seen and new in seen and line > 8
+
+
+def test_a_link_is_followed_and_the_longest_name_is_taken(tmp_path):
+    (tmp_path / 'elsewhere').mkdir()
+    target = tmp_path / 'elsewhere' / ('x' * 255)
+    (tmp_path / 'link').symlink_to(target)
+    with files.whole(tmp_path / 'link') as aside:
+        write(aside, 'new', False)
+    assert (tmp_path / 'link').is_symlink() and content(target) == 'new'

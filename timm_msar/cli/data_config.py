@@ -1,1 +1,0 @@
-from .trained_run import data_config  # noqa: F401
