@@ -84,7 +84,7 @@ def test_weights_that_cannot_be_had(tmp_path, image, capsys):
         (('--model', 'local-dir:nowhere'), 'nowhere'),
         (('--model', 'cifar_resnet20', '--checkpoint', checkpoint), 'not of cifar_resnet20'),
         (('--checkpoint', tmp_path / 'plain.safetensors'), '--model NAME'),
-        (('--model', NAME, '--checkpoint', tmp_path / 'plain.safetensors'), 'plain.safetensors'),
+        (('--model', NAME, '--checkpoint', tmp_path / 'plain.safetensors'), 'does not fit cifar_resnet20_msar'),
     ):
         assert run(image, *words) == 1
         assert message in capsys.readouterr().err
