@@ -13,7 +13,6 @@ COMMANDS = {
     'curves': 'Draw losses and error of runs of train.py, averaged over seeds.',
     'export': 'Turn a checkpoint of train.py into a folder with weights, config and model card.',
     'push': 'Publish a checkpoint of train.py on the Hugging Face Hub.',
-    'costs': "Print parameters and multiply-adds beside the paper's.",
     'speed': 'Measure how long networks take with and without MS-SAR.',
 }
 
@@ -81,17 +80,13 @@ def _run(words: list[str], process: bool) -> None:
 
 def _sentence(error: BaseException) -> str:
     """What is wrong, in one line of printable characters."""
-    text, kind = str(error), type(error)
-    if kind.__module__ != 'timm_msar.cli.errors':
-        text = ' '.join(text.split())[:400]
-        if isinstance(error, MemoryError):
-            text = f'memory is short. {text}'
-        elif isinstance(error, ModuleNotFoundError) and error.name in ('matplotlib', 'sklearn'):
-            text = f'{error.name} is missing; run pip install "timm-msar[demo]"'
-        elif isinstance(error, OSError) and error.strerror:
-            text = text.removeprefix(f'[Errno {error.errno}] ')
-        else:
-            text = f'{kind.__name__}: {text}'
+    text = ' '.join(str(error).split())[:1000]
+    if isinstance(error, ModuleNotFoundError) and error.name in ('matplotlib', 'sklearn'):
+        text = f'{error.name} is missing; run pip install "timm-msar[demo]"'
+    elif isinstance(error, OSError) and error.strerror:
+        text = text.removeprefix(f'[Errno {error.errno}] ')
+    elif type(error).__name__ != 'CommandError':
+        text = f'{type(error).__name__}: {text}'
     return ''.join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 

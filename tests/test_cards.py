@@ -21,7 +21,7 @@ from trained_run import CLASSES, make_run
 from timm_msar.cifar_resnet import FASHION_MNIST
 from timm_msar.cli import export
 from timm_msar.cli.card_data import HUB_DATASETS, TrainingData, training_data
-from timm_msar.cli.model_card import IMAGE_URL, model_card
+from timm_msar.cli.model_card import model_card
 from timm_msar.cli.multiply_adds import multiply_adds
 
 CARDS = sorted((Path(__file__).parents[1] / 'hub_cards').glob('*.md'))
@@ -119,12 +119,11 @@ def test_every_block_runs_and_prints_what_it_says(exported):
 def test_every_block_opens_an_image_that_fits_the_network(channels, mode, tmp_path):
     model = timm.create_model('cifar_resnet20_msar', in_chans=channels)
     save_for_hf(model, tmp_path, safe_serialization=True, data_config={'input_size': (channels, 24, 32)})
-    for dataset, image in (('', 'picture.jpg'), ('torch/imagenet', IMAGE_URL)):
-        card = model_card(f'local-dir:{tmp_path}', "me/it's", training_data({'dataset': dataset}, 10), {}, '')
-        assert [re.findall(r"\.convert\('(\w+)'\)", code) for code in blocks(card)] == 3 * [[mode]]
-        assert card.count(image) == 3 and 'Image size: 24 x 32\n' in card
-        for code in blocks(card):
-            compile(code, 'card', 'exec')
+    card = model_card(f'local-dir:{tmp_path}', "me/it's", training_data({}, 10), {}, '')
+    assert [re.findall(r"\.convert\('(\w+)'\)", code) for code in blocks(card)] == 3 * [[mode]]
+    assert 'Image size: 24 x 32\n' in card
+    for code in blocks(card):
+        compile(code, 'card', 'exec')
 
 
 def test_data_sets_are_known_by_what_they_hold_not_by_their_names(tmp_path, monkeypatch):

@@ -9,7 +9,7 @@ import time
 import pytest
 
 import timm_msar
-from timm_msar.cli import costs
+from timm_msar.cli import speed
 from timm_msar.cli.errors import CommandError
 from timm_msar_command import COMMANDS, main
 
@@ -31,7 +31,7 @@ def test_help_and_version_do_not_import_pytorch(tmp_path):
     help_, error = start('--help', env=env).communicate()
     assert time.monotonic() - started < 1 and all(f'\n    {name} ' in help_ for name in COMMANDS) and error == ''
     assert start('--version', env=env).communicate() == (f'timm-msar {timm_msar.__version__}\n', '')
-    assert start('costs', env=env).communicate() == ('', 'timm-msar costs: error: SystemError: imported\n')
+    assert start('speed', env=env).communicate() == ('', 'timm-msar speed: error: SystemError: imported\n')
 
 
 @pytest.mark.parametrize('seconds', [0.2, 1.5, 6])
@@ -67,10 +67,10 @@ def test_a_closed_pipe_and_a_full_disk():
 @pytest.mark.parametrize(
     ('error', 'sentence'),
     [
-        (CommandError('a name\nwith a  line break'), r'a name\nwith a  line break'),
+        (CommandError('a name\nwith a \x1b'), r'a name with a \x1b'),
         (FileNotFoundError(2, 'No such file or directory', 'x'), "No such file or directory: 'x'"),
         (ModuleNotFoundError('x', name='matplotlib'), 'matplotlib is missing; run pip install "timm-msar[demo]"'),
-        (MemoryError('Unable to allocate 9 TiB'), 'memory is short. Unable to allocate 9 TiB'),
+        (MemoryError('Unable to allocate 9 TiB'), 'MemoryError: Unable to allocate 9 TiB'),
         (RuntimeError('Error(s) in loading:\n\tsize mismatch'), 'RuntimeError: Error(s) in loading: size mismatch'),
     ],
 )
@@ -78,10 +78,10 @@ def test_sentences_and_tracebacks(error, sentence, monkeypatch, capsys):
     def fail(args):
         raise error
 
-    monkeypatch.setattr(costs, 'main', fail)
-    assert main(['costs']) == 1
-    assert capsys.readouterr().err == f'timm-msar costs: error: {sentence}\n'
-    for words in (['--traceback', 'costs'], ['costs', '--traceback']):
+    monkeypatch.setattr(speed, 'main', fail)
+    assert main(['speed']) == 1
+    assert capsys.readouterr().err == f'timm-msar speed: error: {sentence}\n'
+    for words in (['--traceback', 'speed'], ['speed', '--traceback']):
         assert main(words) == 1
         traceback = capsys.readouterr().err
-        assert traceback.startswith('Traceback') and traceback.endswith(f'\ntimm-msar costs: error: {sentence}\n')
+        assert traceback.startswith('Traceback') and traceback.endswith(f'\ntimm-msar speed: error: {sentence}\n')

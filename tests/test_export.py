@@ -17,7 +17,7 @@ from trained_run import CLASSES, logits, logits_of, make_run, resave, weights
 
 from timm_msar.cli import export
 from timm_msar.cli.errors import CommandError
-from timm_msar.cli.trained_run import load_network, read_summary
+from timm_msar.cli.trained_run import load_trained, read_summary
 
 
 def run_export(checkpoint, output):
@@ -141,7 +141,7 @@ def test_a_training_on_ten_other_classes_has_none_of_the_shipped_names(tmp_path,
     assert model.pretrained_cfg.get('label_names') == (others if images == 'ten classes' else None)
     for path in output.glob('[!m]*'):
         assert 'Sandal' not in path.read_text()
-    assert 'label_names' not in load_network(run, 'cifar_resnet20_msar')[0].pretrained_cfg
+    assert 'label_names' not in load_trained(run)[0].pretrained_cfg
 
 
 @pytest.mark.parametrize('force_cpu', [False, True])  # there train.py validates the plain weights
@@ -158,12 +158,12 @@ def test_traces_of_wrappers_and_split_norms_are_left_out(copied):
     good = weights(copied)
     for prefix in ('module.', '_orig_mod.module.'):
         resave(copied, state_dict={prefix + key: value for key, value in good.items()})
-        assert torch.equal(logits_of(load_network(copied)[0]), logits(good))
+        assert torch.equal(logits_of(load_trained(copied)[0]), logits(good))
     model = timm.create_model('cifar_resnet20_msar', num_classes=3)
     split = timm.layers.convert_splitbn_model(model, 2).state_dict()
     assert any('.aux_bn.' in name for name in split)
     resave(copied, state_dict=split, args=None)  # the arguments are in args.yaml, too
-    assert torch.equal(logits_of(load_network(copied)[0]), logits_of(model.eval()))
+    assert torch.equal(logits_of(load_trained(copied)[0]), logits_of(model.eval()))
 
 
 def test_the_pipeline_of_transformers_loads_the_folder(run, tmp_path):

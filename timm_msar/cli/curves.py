@@ -27,6 +27,7 @@ IRRELEVANT = {
     *('pin_mem', 'local_rank', 'device'),
 }
 COLUMNS = {'train_loss': 'training loss', 'eval_loss': 'validation loss', 'error': 'validation error (%)'}
+DIGITS = {'error': 2, 'train_loss': 4, 'eval_loss': 4}  # in the tables
 
 
 class Curves(NamedTuple):
@@ -36,10 +37,6 @@ class Curves(NamedTuple):
     epochs: np.ndarray
     values: dict[str, np.ndarray]
     planned_epochs: int
-
-    def last(self, column: str) -> np.ndarray:
-        """The values of each seed after the last epoch."""
-        return self.values[column][:, -1]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -59,10 +56,7 @@ def main(args: argparse.Namespace) -> None:
         raise CommandError(f'the picture is a PNG, so --output must end in .png, not {args.output}')
     groups = read_runs(args.runs)
     draw(groups, args.output)
-    print(table(groups))
-    if pairs := differences(groups):
-        print(f'\n{pairs}\n')
-    print(f'drawn in {args.output}')
+    print('\n\n'.join(filter(None, (table(groups), differences(groups), f'drawn in {args.output}'))))
 
 
 def read_runs(runs: Sequence[Path]) -> list[Curves]:
@@ -71,36 +65,27 @@ def read_runs(runs: Sequence[Path]) -> list[Curves]:
     Raises:
         CommandError: A run cannot be read, is there twice, or has no validated epoch in common with the other seeds.
     """
-    settings: list[dict[str, str]] = []
-    members: list[dict[int, Path]] = []
+    groups: dict[tuple[tuple[str, str], ...], dict[int, Path]] = {}
     for run in runs:
         arguments = read_arguments(run)
+        seed = arguments.get('seed', 0)
         if arguments.get('data_dir'):  # the same data may lie elsewhere on another machine
             arguments['data_dir'] = Path(arguments['data_dir']).name
-        setting = {key: str(value).replace("'", '') for key, value in arguments.items() if key not in IRRELEVANT}
-        if setting not in settings:
-            settings.append(setting)
-            members.append({})
-        group, seed = members[settings.index(setting)], arguments.get('seed', 0)
+        setting = ((key, str(value).replace("'", '')) for key, value in arguments.items() if key not in IRRELEVANT)
+        group = groups.setdefault(tuple(sorted(setting)), {})
         if seed in group:
             raise CommandError(f'{group[seed]} and {run} are the same configuration with the same seed {seed}')
         group[seed] = run
-    return [
-        _together(_label(setting, settings), list(group.values()), int(setting.get('epochs', 0)))
-        for setting, group in zip(settings, members)
-    ]
+    settings = [dict(setting) for setting in groups]
+    return [_together(setting, settings, list(group.values())) for setting, group in zip(settings, groups.values())]
 
 
-def _label(setting: dict[str, str], settings: Sequence[dict[str, str]]) -> str:
-    """Name a configuration by its model and, where this is not enough, by the arguments that differ."""
+def _together(setting: dict[str, str], settings: Sequence[dict[str, str]], runs: Sequence[Path]) -> Curves:
+    """Read the runs of a setting. Name it by its model and, where this is not enough, by the arguments that differ."""
     same_model = [other for other in settings if other['model'] == setting['model']]
-    keys = sorted({key for other in same_model for key in other})
-    differing = [key for key in keys if len({other.get(key) for other in same_model}) > 1]
-    details = ', '.join(f'{key}={setting.get(key)}' for key in differing if setting.get(key) != '{}')
-    return setting['model'] + (f' ({details})' if details else '')
-
-
-def _together(label: str, runs: Sequence[Path], planned_epochs: int) -> Curves:
+    differing = [key for key in setting if len({other.get(key) for other in same_model}) > 1]
+    details = ', '.join(f'{key}={setting[key]}' for key in differing if setting[key] != '{}')
+    label = setting['model'] + (f' ({details})' if details else '')
     summaries = [{row['epoch']: row for row in read_summary(run / 'summary.csv')} for run in runs]
     epochs = sorted(set.intersection(*map(set, summaries)))
     if not epochs or 'eval_top1' not in summaries[0][epochs[0]]:
@@ -108,43 +93,41 @@ def _together(label: str, runs: Sequence[Path], planned_epochs: int) -> Curves:
     for row in (row for summary in summaries for row in summary.values()):
         row['error'] = 100 - row['eval_top1']
     values = {key: np.array([[summary[epoch][key] for epoch in epochs] for summary in summaries]) for key in COLUMNS}
-    return Curves(label, np.array(epochs) + 1, values, planned_epochs)
+    return Curves(label, np.array(epochs) + 1, values, int(setting['epochs']))
 
 
 def table(groups: Sequence[Curves]) -> str:
     """Make the table of configuration, number of seeds, last and best error, last losses, and epochs."""
     rows = [['configuration', 'n', 'last error %', 'best error %', 'training loss', 'validation loss', 'epochs']]
-    for group in groups:
-        last, of, best = group.epochs[-1], group.planned_epochs, group.values['error'].min(axis=1)
-        row = [group.label, str(len(best))]
-        for x, digits in (
-            (group.last('error'), 2),
-            (best, 2),
-            (group.last('train_loss'), 4),
-            (group.last('eval_loss'), 4),
-        ):
-            spread = f' ± {x.std(ddof=1):.{digits}f}' if len(x) > 1 else ''
-            row.append(f'{x.mean():.{digits}f}{spread}')
-        rows.append([*row, f'{last} of {of}' if last < of else f'{last}'])
+    for label, epochs, values, planned in groups:
+        best = values['error'].min(axis=1)
+        last = {column: _mean(values[column][:, -1], digits) for column, digits in DIGITS.items()}
+        of = f' of {planned}' if epochs[-1] < planned else ''
+        row = [label, str(len(best)), last['error'], _mean(best, 2), last['train_loss'], last['eval_loss']]
+        rows.append([*row, f'{epochs[-1]}{of}'])
     return _aligned(rows)
 
 
 def differences(groups: Sequence[Curves]) -> str:
     """Make the table of differences after the last epoch, mean and standard error of independent runs.
 
-    It has a row for each two configurations of two runs or more that have ended after the same number of epochs.
+    It has a row for each two configurations of two runs or more that have come to the same epoch.
     """
     rows = [['difference, mean ± standard error', 'n', 'error (points)', 'training loss', 'validation loss']]
     for first, second in combinations(groups, 2):
-        ended = all(len(g.last('error')) > 1 and g.epochs[-1] >= g.planned_epochs for g in (first, second))
-        if ended and first.epochs[-1] == second.epochs[-1]:
-            row = [f'{second.label} - {first.label}', f'{len(second.last("error"))}, {len(first.last("error"))}']
-            for column, digits in (('error', 2), ('train_loss', 4), ('eval_loss', 4)):
-                ours, theirs = second.last(column), first.last(column)
-                error = (ours.var(ddof=1) / len(ours) + theirs.var(ddof=1) / len(theirs)) ** 0.5
+        n, m = len(first.values['error']), len(second.values['error'])
+        if n > 1 < m and first.epochs[-1] == second.epochs[-1]:
+            row = [f'{second.label} - {first.label}', f'{m}, {n}']
+            for column, digits in DIGITS.items():
+                theirs, ours = first.values[column][:, -1], second.values[column][:, -1]
+                error = (ours.var(ddof=1) / m + theirs.var(ddof=1) / n) ** 0.5
                 row.append(f'{ours.mean() - theirs.mean():+.{digits}f} ± {error:.{digits}f}')
             rows.append(row)
     return _aligned(rows) if len(rows) > 1 else ''
+
+
+def _mean(x: np.ndarray, digits: int) -> str:
+    return f'{x.mean():.{digits}f}' + (f' ± {x.std(ddof=1):.{digits}f}' if len(x) > 1 else '')
 
 
 def _aligned(rows: Sequence[Sequence[str]]) -> str:
@@ -155,29 +138,27 @@ def _aligned(rows: Sequence[Sequence[str]]) -> str:
 def draw(groups: Sequence[Curves], output: Path) -> None:
     """Draw losses and error of each group as a line, the mean of the runs, in a band, their range."""
     from matplotlib.figure import Figure
-    from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
+    from matplotlib.ticker import LogLocator, MaxNLocator
 
     figure = Figure(figsize=(13, 4.4), layout='constrained')
     axes = figure.subplots(1, 3)
     for axis, (column, title) in zip(axes, COLUMNS.items()):
         for number, group in enumerate(groups):
-            values, color = group.values[column], f'C{number}'
-            label, style = f'{group.label}, n = {len(values)}', 'o' if len(group.epochs) == 1 else '-'
-            axis.plot(group.epochs, values.mean(axis=0), style, color=color, linewidth=1.2, label=label)
-            axis.fill_between(group.epochs, values.min(axis=0), values.max(axis=0), color=color, alpha=0.2, linewidth=0)
+            x, y, color = group.epochs, group.values[column], f'C{number}'
+            label = f'{group.label}, n = {len(y)}'
+            axis.plot(x, y.mean(axis=0), '.-', color=color, linewidth=1.2, markersize=2, label=label)
+            axis.fill_between(x, y.min(axis=0), y.max(axis=0), color=color, alpha=0.2, linewidth=0)
         low, high = (extreme([extreme(group.values[column]) for group in groups]) for extreme in (np.min, np.max))
         if 0 < 5 * low < high:  # most of a run happens close to its end value
             axis.set_yscale('log')
             axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5, 7) if high < 100 * low else (1, 3)))
-            axis.yaxis.set_minor_formatter(NullFormatter())
-            axis.yaxis.set_major_formatter(StrMethodFormatter('{x:g}'))
-        axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+            axis.yaxis.set_major_formatter('{x:g}')
+            axis.minorticks_off()
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.set_xlabel('epoch')
         axis.set_title(title)
         axis.grid(alpha=0.3)
-    lines, title = axes[0].get_legend_handles_labels(), 'mean and range of n runs'
-    legend = figure.legend(*lines, loc='outside lower center', ncols=3, fontsize=8, title=title)
-    for text in legend.get_texts():
-        text.set_parse_math(False)
+    lines = axes[0].get_legend_handles_labels()
+    figure.legend(*lines, loc='outside lower center', ncols=3, fontsize=8, title='mean and range of n runs')
     with whole(output) as aside:
         figure.savefig(aside, format='png', dpi=150)

@@ -24,7 +24,6 @@ import json
 import re
 import zlib
 from collections import Counter
-from collections.abc import Sequence
 from itertools import pairwise
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
@@ -37,7 +36,7 @@ from timm.utils import natural_key
 from torchvision.datasets import CIFAR10, CIFAR100, FashionMNIST
 from tqdm import tqdm
 
-from .errors import CommandError, whole_number
+from .errors import CommandError, positive
 from .files import regular_file, whole
 
 DATASETS: dict[str, Any] = {'cifar10': CIFAR10, 'cifar100': CIFAR100, 'fashion_mnist': FashionMNIST}
@@ -51,48 +50,40 @@ FASHION_MNIST_MD5 = {
     't10k-labels-idx1-ubyte': '15d484375f8d13e6eb1aabb0c3f46965',
 }
 PADDING = 4
-CHECK = """Check a folder of images before training with train.py's --data-dir: timm finds a folder train and a folder
-validation (or val) in it, both have the same class folders, timm can tell the classes apart when it numbers them, and
-every image opens and has 8 bits a channel. It also counts the files that timm passes over without a word, in training
-too: timm reads .png, .jpg and .jpeg alone."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add one sub-command per data set, and `check`."""
     commands = parser.add_subparsers(dest='dataset', required=True, metavar='{cifar10,cifar100,fashion_mnist,check}')
-    files = f'the four idx .gz files (default: those in {DEBIAN_FASHION_MNIST} or, without these, download them)'
     for name, dataset in DATASETS.items():
         command = commands.add_parser(name, help=f'prepare {dataset.__name__} for train.py --data-dir ROOT')
         command.add_argument('root', metavar='ROOT', type=Path, help='folder to make')
-        held = files if name == 'fashion_mnist' else f'{dataset.base_folder} (default: download it)'
-        command.add_argument('--source', metavar='DIR', type=Path, help=f'folder that holds {held}')
+        source = f'folder with {getattr(dataset, "base_folder", "the four .gz files")} in it (default: download)'
+        command.add_argument('--source', metavar='DIR', type=Path, help=source)
         keep = 'keep the first N training images of each class'
-        command.add_argument('--per-class', metavar='N', type=whole_number(1), help=keep)
-    command = commands.add_parser('check', help='check a folder of images of your own', description=CHECK)
+        command.add_argument('--per-class', metavar='N', type=positive, help=keep)
+    command = commands.add_parser('check', help='check a folder of images of your own before training')
     command.add_argument('root', metavar='ROOT', type=Path, help='folder with a train and a validation folder')
-    command.add_argument('--num-classes', metavar='N', type=whole_number(1), help="the config's num_classes")
 
 
 def main(args: argparse.Namespace) -> None:
     """Prepare the data set, or check the folder."""
     if args.dataset == 'check':
-        check(args.root, args.num_classes)
+        check(args.root)
     else:
         prepare(args.dataset, args.root, args.source, args.per_class)
 
 
-def check(root: Path, num_classes: int | None = None) -> list[int]:
+def check(root: Path) -> None:
     """Check that timm finds both splits with the same classes in a folder, and that every image opens; print it.
+
+    It also counts the files that timm passes over without a word, in training too: it reads .png, .jpg and .jpeg alone.
 
     Args:
         root: Folder given to train.py as `--data-dir`.
-        num_classes: Number of classes that the folder must have.
-
-    Returns:
-        How many images there are to train and to validate on.
 
     Raises:
-        CommandError: A split is missing, an image is broken, or the classes are not those wanted.
+        CommandError: A split is missing, its classes are others or cannot be told apart, or an image is broken.
         RuntimeError: timm finds no image in a split.
     """
     datasets = {split: create_dataset('', root=str(root), split=split) for split in SPLITS if root.is_dir()}
@@ -105,24 +96,19 @@ def check(root: Path, num_classes: int | None = None) -> list[int]:
             raise CommandError(f'timm numbers the classes {one!r} and {next_one!r} in any order; rename one')
     if odd := sorted(set(classes) ^ set(others)):
         raise CommandError(f'{odd[0]!r} and {len(odd) - 1} more classes have images in only one split of {root}')
-    if num_classes not in (None, len(classes)):
-        raise CommandError(f'{root} has {len(classes)} classes, not {num_classes}; give --num-classes {len(classes)}')
-    lines = [f'{root} has {len(classes)} classes.']
+    print(f'{root} has {len(classes)} classes.')
     for split, dataset in datasets.items():
         paths = dataset.filenames(absolute=True)
         with ThreadPool() as pool:
             results = pool.imap(_why_unusable, paths, chunksize=64)
             reasons = list(tqdm(results, f'Checking {split}', len(paths), unit=' images', disable=None))
-        unusable = [f'{path} ({reason})' for path, reason in zip(paths, reasons, strict=True) if reason]
-        if unusable:
+        if unusable := [f'{path} ({reason})' for path, reason in zip(paths, reasons) if reason]:
             raise CommandError(f'{len(unusable)} {split} images cannot be used, the first is {unusable[0]}')
-        lines.append(f'{split}: {len(paths)} images, and every one opens.')
+        print(f'{split}: {len(paths)} images, and every one opens.')
         suffixes = (path.suffix.lower() for path in Path(dataset.reader.root).rglob('*') if not path.is_dir())
         passed_over = Counter(suffix or 'without an ending' for suffix in suffixes if not is_img_extension(suffix))
         if kinds := ', '.join(f'{number} {suffix}' for suffix, number in sorted(passed_over.items())):
-            lines.append(f'{split}: timm passes over other files, in training too: {kinds}.')
-    print('\n'.join(lines))
-    return [len(dataset) for dataset in datasets.values()]
+            print(f'{split}: timm passes over other files, in training too: {kinds}.')
 
 
 def _why_unusable(path: str) -> str:
@@ -136,7 +122,7 @@ def _why_unusable(path: str) -> str:
 
 
 def prepare(name: str, root: Path, source: Path | None = None, per_class: int | None = None) -> None:
-    """Make the folder of images, unless it is there already.
+    """Make the folder of images.
 
     Args:
         name: Key of `DATASETS`.
@@ -145,13 +131,8 @@ def prepare(name: str, root: Path, source: Path | None = None, per_class: int | 
         per_class: Training images of each class, the first ones; all where it is None.
 
     Raises:
-        CommandError: `root` holds something else, or the source is missing or not what was published.
+        CommandError: `root` exists already, or the source is missing or not what was published.
     """
-    facts: dict[str, Any] = {'dataset': name, 'per_class': per_class}
-    if (root / 'dataset.json').is_file():
-        there = json.loads((root / 'dataset.json').read_text(encoding='utf-8'))
-        if facts.items() <= there.items() and check(root) == [there[split] for split in SPLITS]:
-            return
     with whole(root, folder=True) as aside:
         classes, splits = _load(name, source, aside.parent)
         if per_class is not None:
@@ -164,9 +145,10 @@ def prepare(name: str, root: Path, source: Path | None = None, per_class: int | 
             for image, label, index in zip(progress, labels, indices):
                 padded = np.pad(image, padding + [(0, 0)] * (image.ndim - 2))
                 Image.fromarray(padded).save(aside / split / classes[label] / f'{index:05d}.png')
-        facts |= {'classes': classes, **{split: len(labels) for split, (_, labels, _) in splits.items()}}
+        counts = {split: len(labels) for split, (_, labels, _) in splits.items()}
+        facts = {'dataset': name, 'per_class': per_class, 'classes': classes, **counts}
         (aside / 'dataset.json').write_text(json.dumps(facts, indent=2) + '\n')
-    print(f'{root} is ready for train.py: {facts["train"]} training, {facts["validation"]} validation images')
+    print(f'{root} is ready for train.py: {counts["train"]} training, {counts["validation"]} validation images')
 
 
 def _load(name: str, source: Path | None, download: Path) -> tuple[list[str], dict]:
@@ -180,18 +162,17 @@ def _load(name: str, source: Path | None, download: Path) -> tuple[list[str], di
         # torchvision compares checksums before it reads CIFAR's files, which are pickles.
         made = [dataset(str(source or download), train=train, download=source is None) for train in (True, False)]
     except (OSError, RuntimeError, EOFError, zlib.error) as error:
-        reason = ' '.join(str(error).split())
-        urls = [f'{dataset.mirrors[0]}{file}' for file, _ in dataset.resources] if fashion else [dataset.url]
-        what = 'the four files' if fashion else 'and unpack'
+        url = f'the .gz files in {dataset.mirrors[0]}' if fashion else f'and unpack {dataset.url}'
         raise CommandError(
-            f'{source or "the download"} does not give {name} as it was published: {reason}. '
-            f'Fetch {what} {", ".join(urls)} and give their folder by --source'
+            f'{source or "the download"} does not give {name} as it was published: {error}. '
+            f'Fetch {url} and give their folder by --source'
         ) from error
     splits = {}
     for split, data in zip(SPLITS, made):
         images, labels = np.asarray(data.data), np.asarray(data.targets)
         splits[split] = np.pad(images, [(0, 0), (2, 2), (2, 2)]) if fashion else images, labels, np.arange(len(labels))
-    return _class_folders(made[0].classes), splits
+    classes = made[0].classes  # CIFAR's are in the order of their names already
+    return [f'{i}_{re.sub("[ /]", "_", c.lower())}' for i, c in enumerate(classes)] if fashion else classes, splits
 
 
 def _unpacked(source: Path, download: Path) -> Path:
@@ -213,11 +194,3 @@ def _first(count: int, images: np.ndarray, labels: np.ndarray, indices: np.ndarr
         raise CommandError(f'--per-class {count} is more than the {fewest} training images of a class')
     chosen = np.sort(np.concatenate(by_class))
     return images[chosen], labels[chosen], indices[chosen]
-
-
-def _class_folders(classes: Sequence[str]) -> list[str]:
-    folders = [re.sub(r'\W+', lambda match: '-' if match[0] == '-' else '_', name.lower()) for name in classes]
-    if sorted(folders, key=natural_key) == folders:  # timm numbers the classes in this order
-        return folders
-    width = len(str(len(folders) - 1))
-    return [f'{index:0{width}d}_{folder}' for index, folder in enumerate(folders)]

@@ -37,8 +37,7 @@ def main(args: argparse.Namespace) -> None:
     Raises:
         CommandError: The checkpoint is not what it should be, or the folder exists.
     """
-    # `a/../b` can be written where there is no `a`, but not found afterwards.
-    output = Path(os.path.realpath(args.output)) if '..' in args.output.parts else args.output
+    output = Path(os.path.realpath(args.output))  # `a/../b` is not found where there is no `a`
     with whole(output, folder=True) as folder:
         summary = write_folder(args.checkpoint, folder, f'local-dir:{output.name}')
     print(f'{summary}\n{output} is ready; after import timm, timm_msar:')
@@ -103,21 +102,17 @@ def compare_checksum(folder: Path) -> None:
         CommandError: They differ.
     """
     wanted = json.loads((folder / 'config.json').read_text(encoding='utf-8')).get('weights_sha256')
-    if wanted and wanted != _sha256(folder / 'model.safetensors'):
+    if wanted and wanted != hashlib.sha256((folder / 'model.safetensors').read_bytes()).hexdigest():
         raise CommandError(f'{folder}/model.safetensors is damaged: its SHA-256 is not the one in config.json')
 
 
 def _complete_config(folder: Path, keep: tuple[str, ...]) -> None:
     """Add the checksum of the weights to config.json, and take out what is true of other weights only."""
-    path = folder / 'config.json'
+    path, weights = folder / 'config.json', folder / 'model.safetensors'
     config = json.loads(path.read_text(encoding='utf-8'))
     for key in {'label_names', *ABOUT_THE_BASE}.difference(keep):
         config['pretrained_cfg'].pop(key, None)
     config.get('model_args', {}).pop('num_classes', None)  # is there already; transformers refuses to have it twice
-    config['weights_sha256'] = _sha256(folder / 'model.safetensors')
+    config['weights_sha256'] = hashlib.sha256(weights.read_bytes()).hexdigest()
     path.write_text(json.dumps(config, indent=2), encoding='utf-8')
-    shutil.copymode(path, folder / 'model.safetensors')  # safetensors lets nobody else read it
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    shutil.copymode(path, weights)  # safetensors lets nobody else read it

@@ -20,9 +20,7 @@ from . import photo
 from .errors import CommandError
 from .files import whole
 
-CHANNELS = 3  # to show of each layer
 MOST = 32  # images in a picture that one can look at
-HOW_CHOSEN = 'Shown are the channels whose gates vary most over the image.'
 
 
 class Look(NamedTuple):
@@ -51,25 +49,16 @@ def main(args: argparse.Namespace) -> None:
         raise CommandError(f'--output must end in .png and be none of the images, not {output}')
     if len(files) > MOST:
         raise CommandError(f'{len(files)} images are too many for one picture; give at most {MOST}')
-    looks: dict[Path, Look] = {}
-    failed = None
-    with whole(output) as aside:
-        network = photo.load(args.model, args.checkpoint)
-        try:
-            for path, x in photo.prepared(files, network):
-                looks[path] = look(network, x)
-        except CommandError as error:  # at the end, where some images cannot be read
-            if not looks:
-                raise
-            failed = error
-        draw(list(looks.values()), f'{", ".join(path.name for path in looks)}: {network.name}', aside)
-    for path, seen in looks.items():  # now that the picture is there
-        print(photo.printable(f'{path}: {seen.prediction}'))
-        if all((abs(z - 0.5) < 5e-4).all() for maps in seen.maps.values() for _, z in maps):
-            print('    all gates are 0.500 to three digits')
-    print(photo.printable(f'drawn in {output}'))
-    if failed:
-        raise failed
+    network = photo.load(args.model, args.checkpoint)
+    looks = {path: look(network, x) for path, x in photo.prepared(files, network)}
+    if looks:
+        with whole(output) as aside:
+            draw(list(looks.values()), f'{", ".join(path.name for path in looks)}: {network.name}', aside)
+        for path, seen in looks.items():  # now that the picture is there
+            print(photo.printable(f'{path}: {seen.prediction}'))
+        print(photo.printable(f'drawn in {output}'))
+    if len(looks) < len(files):
+        raise CommandError(f'{len(files) - len(looks)} of {len(files)} images cannot be read')
 
 
 @torch.no_grad()
@@ -78,7 +67,7 @@ def look(network: photo.Network, x: Tensor) -> Look:
     prediction = ''
     if network.model.num_classes:
         probability, index = network.model(x).softmax(1).max(1)
-        prediction = f'{network.class_name(index.item())} ({probability.item():.0%})'
+        prediction = f'{network.classes[index]} ({probability.item():.0%})'
     layers = gates(network.model, x, per_scale=True)
     # A layer is named stages.0.2.se or layer1.2.se: its stage is what stands up to the first number.
     last = {re.match(r'\D*\d*', layer)[0]: layer for layer in layers}  # type: ignore[index]
@@ -86,7 +75,7 @@ def look(network: photo.Network, x: Tensor) -> Look:
     for layer in last.values():
         scales = {k: z[0].float() for k, z in layers[layer].items()}
         z = torch.stack(list(scales.values())).mean(0)
-        channels = z.flatten(1).var(1, correction=0).topk(min(CHANNELS, len(z))).indices.tolist()
+        channels = z.flatten(1).var(1, correction=0).topk(min(3, len(z))).indices.tolist()
         maps[layer] = [(f'channel {c}', z[c].numpy()) for c in channels]
         maps[layer] += [('mean of channels', z.mean(0).numpy())]
         maps[layer] += [(f'mean, K = {k}', z_k.mean(0).numpy()) for k, z_k in scales.items()]
@@ -96,12 +85,10 @@ def look(network: photo.Network, x: Tensor) -> Look:
 
 
 def draw(looks: Sequence[Look], title: str, path: Path) -> None:
-    """Write a PNG file: one image with a row for each stage, or a row for each image, with its edges over the gates.
+    """Write a PNG file: one image with a row for each stage, or a row for each image.
 
     The colours of all gates are on one scale. It reaches from 0.5 to both sides as far as they do.
     """
-    from matplotlib.cm import ScalarMappable
-    from matplotlib.colors import Normalize
     from matplotlib.figure import Figure
 
     if len(looks) > 1:
@@ -112,26 +99,19 @@ def draw(looks: Sequence[Look], title: str, path: Path) -> None:
     else:
         rows = [(seen, layer, maps) for seen in looks for layer, maps in seen.maps.items()]
     reach = max(0.001, *(abs(z - 0.5).max() for _, _, maps in rows for _, z in maps))
-    colors = ScalarMappable(Normalize(0.5 - reach, 0.5 + reach), 'RdBu_r')
     columns = 1 + max(len(maps) for _, _, maps in rows)
     figure = Figure(figsize=(1.6 * columns + 1.2, 1.85 * len(rows) + 0.8), layout='constrained')
     axes = figure.subplots(len(rows), columns, squeeze=False)
     for (seen, layer, maps), (first, *others) in zip(rows, axes):
-        image = seen.image
-        first.imshow(image, cmap='gray', vmin=0, vmax=1)
+        first.imshow(seen.image, cmap='gray', vmin=0, vmax=1)
         first.set_title(f'{seen.prediction}\n{layer}', fontsize=8, wrap=True, parse_math=False)
-        grey = image if image.ndim == 2 else image.mean(2)
-        edges = np.hypot(*np.gradient(grey))
-        shade = 0.4 * np.clip(edges / max(np.quantile(edges, 0.98), 1e-3), 0, 1)
-        black = np.stack([*np.zeros((3, *grey.shape)), shade], axis=2)
-        extent = (0, grey.shape[1], grey.shape[0], 0)
         for axis, (map_title, z) in zip(others, maps):
-            axis.imshow(z, cmap=colors.cmap, norm=colors.norm, extent=extent, interpolation='nearest')
-            axis.imshow(black, extent=extent)
+            colors = axis.imshow(z, cmap='RdBu_r', vmin=0.5 - reach, vmax=0.5 + reach, interpolation='nearest')
             axis.set_title(map_title, fontsize=8)
             axis.set_xlabel(f'{z.min():.2f} to {z.max():.2f}', fontsize=7, labelpad=2)
     for axis in axes.flat:
         axis.set(xticks=[], yticks=[])
     figure.colorbar(colors, ax=axes, aspect=40, label='gate: 0 closed, 1 open')
-    figure.suptitle(f'{photo.printable(title)[:150]}\n{HOW_CHOSEN}', fontsize=9, parse_math=False)
+    how_chosen = 'Shown are the channels whose gates vary most over the image.'
+    figure.suptitle(f'{photo.printable(title)[:150]}\n{how_chosen}', fontsize=9, parse_math=False)
     figure.savefig(path, format='png', dpi=100)

@@ -9,13 +9,10 @@ import torch
 from huggingface_hub import EvalResult, ModelCardData
 
 from ..recalibration import MultiScaleRecalibration
-from .card_data import HUB_DATASETS, TrainingData
+from .card_data import TrainingData
 from .multiply_adds import multiply_adds
 from .trained_run import MODES
 
-IMAGE_URL = 'https://huggingface.co/datasets/huggingface/documentation-images/resolve/main/beignets-task-guide.png'
-TIMMS_IMAGE = f"from urllib.request import urlopen\n\nimg = Image.open(urlopen(\n    '{IMAGE_URL}'\n))"
-OWN_IMAGE = "\n# a picture of your own\nimg = Image.open('picture.jpg')"
 METRICS = {'top1': ('accuracy', 'Top-1 accuracy'), 'top5': ('top_5_accuracy', 'Top-5 accuracy')}
 
 
@@ -46,7 +43,6 @@ def model_card(
     recalibrated = any(isinstance(module, MultiScaleRecalibration) for module in model.modules())
     images = f', {data.per_class} training images of each class' if data.per_class else ''
     classes = ', '.join(data.classes[:10]) + (', ...' if len(data.classes) > 10 else '')
-    imagenet = data.hub_id == HUB_DATASETS['imagenet'][1]
     measured = {key: METRICS[key] for key in METRICS if key in results}
     metadata = ModelCardData(
         license=model.pretrained_cfg.get('license'),  # who trained the weights decides
@@ -79,7 +75,7 @@ def model_card(
         'classes': f'{model.num_classes} ({classes})' if classes else model.num_classes,
         'dataset': data.name + images,
         'model_id': repr(model_id),
-        'image': f"{TIMMS_IMAGE if imagenet else OWN_IMAGE}.convert('{MODES.get(input_size[0], 'RGB')}')",
+        'mode': MODES.get(input_size[0], 'RGB'),
         'topk': min(5, model.num_classes),
         'feature_shapes': '\n'.join(f'    #  torch.Size({list(feature.shape)})' for feature in features),
         'unpooled_shape': tuple(model.forward_features(image).shape),

@@ -10,8 +10,6 @@ import torch
 from . import photo
 from .errors import CommandError
 
-CLASSES = 5  # to print of each image
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `timm-msar predict`."""
@@ -29,9 +27,12 @@ def main(args: argparse.Namespace) -> None:
     network = photo.load(args.model, args.checkpoint)
     if not network.model.num_classes:
         raise CommandError(f'{network.name} has no classifier, so it predicts nothing')
-    for path, x in photo.prepared(files, network):
+    read = 0
+    for read, (path, x) in enumerate(photo.prepared(files, network), 1):  # noqa: B007
         print(photo.printable(str(path)))
         probabilities = network.model(x).softmax(1)[0]
-        best = probabilities.topk(min(CLASSES, len(probabilities)))
+        best = probabilities.topk(min(5, len(probabilities)))
         for probability, index in zip(best.values.tolist(), best.indices.tolist()):
-            print(f'  {probability:6.1%}  {network.class_name(index)}')
+            print(f'  {probability:6.1%}  {network.classes[index]}')
+    if read < len(files):
+        raise CommandError(f'{len(files) - read} of {len(files)} images cannot be read')

@@ -26,7 +26,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     target = parser.add_mutually_exclusive_group()  # the Hub opens pull requests against main alone
     target.add_argument('--revision', metavar='BRANCH', help='branch to push to, made if it is not there')
     target.add_argument('--create-pr', action='store_true', help='open a pull request instead of changing main')
-    parser.add_argument('--dry-run', action='store_true', help='show the files and the card, and upload nothing')
 
 
 def repository(text: str) -> str:
@@ -46,12 +45,7 @@ def main(args: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         print(write_folder(args.checkpoint, folder, f'hf-hub:{args.repo_id}'))
-        for path in sorted(folder.iterdir()):
-            print(f'{path.stat().st_size:>12,} bytes  {path.name}')
-        if args.dry_run:
-            print(f'\n{(folder / "README.md").read_text(encoding="utf-8")}\nNothing was uploaded.')
-        else:
-            print(_upload(folder, args.repo_id, args))
+        print(_upload(folder, args.repo_id, args))
 
 
 def _upload(folder: Path, repo_id: str, args: argparse.Namespace) -> str:

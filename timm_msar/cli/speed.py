@@ -19,8 +19,7 @@ from torch.optim import SGD
 from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import tqdm
 
-from .costs import plain
-from .errors import CommandError, whole_number
+from .errors import positive
 
 NETWORKS = 'resnet18_msar', 'resnet34_msar', 'resnet50_msar', 'resnext50_msar'
 
@@ -29,34 +28,34 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `timm-msar speed`."""
     parser.add_argument('network', nargs='*', metavar='NETWORK', help=f'of {", ".join(NETWORKS)} (default: all)')
     parser.add_argument('--device', help='where to run (default: the accelerator if there is one, else cpu)')
-    parser.add_argument('--batch-size', type=whole_number(1), default=8, help='1 times inference only (default: 8)')
-    parser.add_argument('--img-size', type=whole_number(64), default=224, help='height and width (default: 224)')
-    parser.add_argument('--rounds', type=whole_number(1), default=15, help='times of each network (default: 15)')
-    parser.add_argument('--channels-last', action='store_true', default=True, help='memory format (the default)')
-    parser.add_argument('--contiguous', dest='channels_last', action='store_false', help='the other memory format')
+    parser.add_argument('--batch-size', type=positive, default=8, help='images (default: 8)')
+    parser.add_argument('--img-size', type=positive, default=224, help='height and width (default: 224)')
+    parser.add_argument('--rounds', type=positive, default=15, help='times of each network (default: 15)')
     parser.add_argument('--amp', action='store_true', help='autocast to bfloat16')
     modes = 'compile in a mode of torch.compile; reduce-overhead uses CUDA graphs (default: %(const)s)'
     parser.add_argument('--compile', nargs='?', const='default', metavar='MODE', help=modes)
 
 
+def plain(name: str) -> str:
+    """The name of the same network without gates."""
+    return {'resnext50_msar': 'resnext50_32x4d'}.get(name, name.removesuffix('_msar'))
+
+
 def main(args: argparse.Namespace) -> None:
     """Print a Markdown table with four rows for each network: plain, SE, ours with L = {1}, and ours."""
-    if unknown := [name for name in args.network if name not in NETWORKS]:
-        raise CommandError(f'{unknown[0]} is not among the networks compared, {", ".join(NETWORKS)}')
     device = torch.device(args.device or torch.accelerator.current_accelerator(check_available=True) or 'cpu')
-    layout = torch.channels_last if args.channels_last else torch.contiguous_format
-    images = torch.randn(args.batch_size, 3, args.img_size, args.img_size).to(device, memory_format=layout)
+    images = torch.randn(args.batch_size, 3, args.img_size, args.img_size, device=device)
+    images = images.contiguous(memory_format=torch.channels_last)
     contestants = []
     for ours in args.network or NETWORKS:
         for name, kwargs in ((plain(ours), {}), (f'se{plain(ours)}', {}), (ours, {'scales': [1]}), (ours, {})):
-            model = timm.create_model(name, **kwargs).to(device, memory_format=layout)
+            model = timm.create_model(name, **kwargs).to(device, memory_format=torch.channels_last)
             name += ', scales=[1]' if kwargs else ''
             contestants.append(Contestant(name, model, images, args.amp, args.compile))
     measure(contestants, args.rounds)
     where = torch.cuda.get_device_name(device) if device.type == 'cuda' else str(device)
-    setting = f'batch {args.batch_size}, {args.img_size} px, {"bfloat16 autocast" if args.amp else "float32"}, '
-    setting += 'channels_last' if args.channels_last else 'contiguous'
-    setting += f', compiled ({args.compile})' if args.compile else ''
+    kind = f'{"bfloat16 autocast" if args.amp else "float32"}{f", compiled ({args.compile})" if args.compile else ""}'
+    setting = f'batch {args.batch_size}, {args.img_size} px, channels_last, {kind}'
     print(f'{setting}, medians in {args.rounds} rounds, on {where}, {torch.get_num_threads()} threads\n')
     print('| Network | Inference (ms) | to SE | Operators | Training step (ms) | to SE | Operators | Kept (MB) |')
     print('|---|--:|--:|--:|--:|--:|--:|--:|')
@@ -65,8 +64,7 @@ def main(args: argparse.Namespace) -> None:
         for training, times in one.seconds.items():
             ratio = median(map(truediv, times, se.seconds[training]))
             cells += [f'{1e3 * median(times):.1f}', f'{ratio:.2f}', str(one.operators[training])]
-        cells += [f'{one.kept / 1e6:.0f}'] if len(images) > 1 else ['-'] * 4
-        print('|', ' | '.join(cells), '|')
+        print(f'| {" | ".join(cells)} | {one.kept / 1e6:.0f} |')
 
 
 class Contestant:
@@ -78,7 +76,7 @@ class Contestant:
         self.targets = torch.zeros(len(images), dtype=torch.long, device=images.device)
         self.autocast: Any = torch.autocast(images.device.type, torch.bfloat16, enabled=amp)
         self.sgd = SGD(model.parameters(), lr=0.0, momentum=0.9)  # the work of a step, but the same in every round
-        self.seconds: dict[bool, list[float]] = {False: []} if len(images) == 1 else {False: [], True: []}
+        self.seconds: dict[bool, list[float]] = {False: [], True: []}
         self.operators: dict[bool, int] = {}
         self.kept = 0
 
@@ -120,7 +118,7 @@ class Operators(TorchDispatchMode):
 
 def measure(contestants: list[Contestant], rounds: int) -> None:
     """Time every network once a round, first inference, then training. Each round starts with a different network."""
-    for training in contestants[0].seconds:
+    for training in (False, True):
         for one in tqdm(contestants, desc='First calls', unit=' networks', disable=None):
             one.model.train(training)
             one.step(training)  # allocates, chooses kernels and compiles

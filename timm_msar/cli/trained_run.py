@@ -16,7 +16,6 @@ import numpy as np
 import timm
 import torch
 import yaml
-from safetensors.torch import load_file
 from timm.data import resolve_data_config
 from timm.models import clean_state_dict
 
@@ -46,27 +45,6 @@ def load_trained(path: Path) -> tuple[Any, dict[str, Any], dict[str, Any]]:
     ema = 'state_dict_ema' in checkpoint and not args.get('model_ema_force_cpu')
     model = _rebuild(args, checkpoint['state_dict_ema' if ema else 'state_dict'], path)
     return model, args, checkpoint
-
-
-def load_network(path: Path, name: str | None = None) -> tuple[Any, dict[str, Any]]:
-    """Rebuild a network from a checkpoint of train.py, or from a safetensors file, which holds weights only.
-
-    Args:
-        path: The file.
-        name: The network's name in timm. A checkpoint knows its own, which must be the same.
-
-    Returns:
-        The network in evaluation mode, and train.py's arguments; {'model': name} for a safetensors file.
-
-    Raises:
-        CommandError: The file does not hold the complete, finite weights of this network.
-    """
-    if path.suffix == '.safetensors':
-        return _rebuild({'model': name}, load_file(regular_file(path)), path), {'model': name}
-    model, args, _ = load_trained(path)
-    if name and name.partition('.')[0] != args['model'].partition('.')[0]:
-        raise CommandError(f'{path} is a checkpoint of {args["model"]}, not of {name}')
-    return model, args
 
 
 def read_arguments(run: Path) -> dict[str, Any]:

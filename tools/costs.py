@@ -1,9 +1,10 @@
 """Print parameters and multiply-adds of every network of the paper next to the paper's figures.
 
+python tools/costs.py
+
 The paper rounds some of its figures and cuts off others, even within one table. So `=` means that either gives it.
 """
 
-import argparse
 import csv
 import math
 from ast import literal_eval
@@ -13,8 +14,9 @@ from pathlib import Path
 import timm
 from tqdm import tqdm
 
-from ..cifar_densenet import Transition
-from .multiply_adds import multiply_adds
+from timm_msar.cifar_densenet import Transition
+from timm_msar.cli.multiply_adds import multiply_adds
+from timm_msar.cli.speed import plain
 
 NOTES = {
     'a': 'a misprint: Tables 2 and 3 give 125.7M, as we count',
@@ -27,11 +29,6 @@ NOTES = {
     'g': "D' = D/L, as the paper's text says; its figures follow from our default D' = 3D/(8L)",
 }
 UNITS = {'M': 1e6, 'G': 1e9}
-
-
-def plain(name: str) -> str:
-    """The name of the same network without gates."""
-    return {'resnext50_msar': 'resnext50_32x4d'}.get(name, name.removesuffix('_msar'))
 
 
 def agreement(value: int, figure: str) -> str:
@@ -51,11 +48,7 @@ def count(name: str, arguments: str = '', transitions: bool = True) -> tuple[int
     return macs, sum(p.numel() for p in model.parameters())
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The command takes no arguments."""
-
-
-def main(args: argparse.Namespace) -> None:
+def main() -> None:
     """Print a Markdown table of ours next to the paper's figures, and one of what the gates add in each network."""
     lines = ['| Table | Network | Multiply-adds | paper | Parameters | paper | Note |', '|---|---|--:|--:|--:|--:|---|']
     paper = (Path(__file__).parent / 'paper_costs.csv').read_text().splitlines()  # line by line as it prints them
@@ -73,3 +66,7 @@ def main(args: argparse.Namespace) -> None:
         millions = ' | '.join(f'{value / 1e6:.2f} M' for value in (params, before, after))
         lines.append(f'| {name} | {millions} | {100 * (after / before - 1):.2f} % |')
     print('\n'.join(lines))
+
+
+if __name__ == '__main__':
+    main()
