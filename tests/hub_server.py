@@ -1,10 +1,9 @@
 """A Hugging Face Hub in this process, for the real client: it takes pushes, serves downloads, and fails on demand.
 
 It speaks what huggingface_hub sends for a push and a download with `HF_HUB_DISABLE_XET=1`: repositories, branches, pull
-requests, LFS uploads, commits and files. Storage has its own port, because there the token must not be sent.
+requests, LFS uploads, commits and files.
 
     with Hub() as hub:
-        hub.users['hf_write'] = 'me'
         hub.faults.append(Fault('POST', '/commit/', status=500))
 """
 
@@ -24,12 +23,11 @@ LFS = '.safetensors'
 
 @dataclass
 class Fault:
-    """The next `times` requests that match are answered with `status`, or the connection breaks where that is None."""
+    """The next request that matches is answered with `status`, or the connection breaks where that is None."""
 
     method: str
     path: str
     status: int | None = None
-    times: int = 1
     applied: bool = False  # whether the request is carried out first
 
 
@@ -37,7 +35,7 @@ class Fault:
 class Repository:
     """A repository: for each branch and pull request, its commits, each with its message and all files."""
 
-    private: bool
+    private: bool = False
     branches: dict[str, list[tuple[str, dict[str, bytes]]]] = field(
         default_factory=lambda: {'main': [('initial commit', {})]}
     )
@@ -45,51 +43,43 @@ class Repository:
     def files(self, revision: str = 'main') -> dict[str, bytes]:
         return self.branches[revision][-1][1]
 
-    def history(self, revision: str = 'main') -> list[str]:
-        return [message for message, _ in self.branches[revision]]
+    def history(self) -> list[str]:
+        return [message for message, _ in self.branches['main']]
 
     def sha(self, revision: str) -> str:
         return hashlib.sha1(repr(self.branches[revision]).encode()).hexdigest()
-
-
-class Refused(Exception):
-    """An answer that is not a success: its status, its message, and the Hub's name of the error."""
 
 
 class Hub:
     """The server; use it as a context manager."""
 
     def __init__(self):
-        self.users: dict[str, str] = {}  # name of each token's owner
         self.repos: dict[str, Repository] = {}
         self.objects: dict[str, bytes] = {}
         self.faults: list[Fault] = []
-        self.requests: list[tuple[str, str]] = []
+        self.requests: list[str] = []
         self.lock = threading.Lock()
-        handler = type('Handler', (_Handler,), {'hub': self})
-        self._servers = [ThreadingHTTPServer(('127.0.0.1', 0), handler) for _ in range(2)]
-        self.url, self.storage_url = (f'http://127.0.0.1:{server.server_port}' for server in self._servers)
+        self._server = ThreadingHTTPServer(('127.0.0.1', 0), type('Handler', (_Handler,), {'hub': self}))
+        port = self._server.server_port
+        self.url, self.storage = f'http://127.0.0.1:{port}', f'http://localhost:{port}/storage'  # another host
 
     def __enter__(self) -> 'Hub':
-        for server in self._servers:
-            server.daemon_threads = True
-            threading.Thread(target=server.serve_forever, kwargs={'poll_interval': 0.05}, daemon=True).start()
+        threading.Thread(target=self._server.serve_forever, kwargs={'poll_interval': 0.05}, daemon=True).start()
         return self
 
     def __exit__(self, *_) -> None:
-        for server in self._servers:
-            server.shutdown()
-            server.server_close()
+        self._server.shutdown()
+        self._server.server_close()
 
     def env(self, token: str | None, cache: Path) -> dict[str, str]:
         """Environment of a client process that talks to this Hub, as nobody else and from its own cache."""
         switches = ('HF_HUB_DISABLE_XET', 'HF_HUB_DISABLE_TELEMETRY', 'HF_HUB_DISABLE_PROGRESS_BARS')
-        env = {'HF_ENDPOINT': self.url, 'HF_HOME': str(cache), 'NO_PROXY': '127.0.0.1', 'no_proxy': '127.0.0.1'}
+        env = {'HF_ENDPOINT': self.url, 'HF_HOME': str(cache), **dict.fromkeys(('NO_PROXY', 'no_proxy'), '127.0.0.1,localhost')}
         return {**env, **dict.fromkeys(switches, '1'), **({'HF_TOKEN': token} if token else {})}
 
-    def count(self, method: str, path: str) -> int:
-        """How many requests of this method had a path that matches the pattern."""
-        return sum(1 for m, p in self.requests if m == method and re.search(path, p))
+    def uploads(self) -> int:
+        """How many files were uploaded."""
+        return sum(request.startswith('PUT /storage/') for request in self.requests)
 
 
 def git_id(content: bytes) -> str:
@@ -103,16 +93,16 @@ class _Handler(BaseHTTPRequestHandler):
 
     MODEL = r'/api/models/(?P<repo_id>[^/]+/[^/]+)'
     ROUTES = (
-        ('POST', r'/api/validate-yaml', 'validate_card'),
-        ('POST', r'/api/repos/create', 'create_repo'),
-        ('POST', MODEL + r'/preupload/(?P<revision>[^/]+)', 'preupload'),
-        ('POST', r'/(?P<repo_id>[^/]+/[^/]+)\.git/info/lfs/objects/batch', 'lfs_batch'),
-        ('PUT', r'/storage/(?P<oid>[0-9a-f]{64})', 'store'),
-        ('GET', r'/storage/(?P<oid>[0-9a-f]{64})', 'fetch'),
-        ('POST', MODEL + r'/commit/(?P<revision>[^/]+)', 'create_commit'),
-        ('POST', MODEL + r'/branch/(?P<branch>[^/]+)', 'create_branch'),
-        ('GET', MODEL + r'(/revision/(?P<revision>[^/]+))?', 'model_info'),
-        ('(HEAD|GET)', r'/(?P<repo_id>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<path>.+)', 'resolve'),
+        (r'POST /api/validate-yaml', 'validate_card'),
+        (r'POST /api/repos/create', 'create_repo'),
+        (rf'POST {MODEL}/preupload/(?P<revision>[^/]+)', 'preupload'),
+        (r'POST /(?P<repo_id>[^/]+/[^/]+)\.git/info/lfs/objects/batch', 'lfs_batch'),
+        (r'PUT /storage/(?P<oid>[0-9a-f]{64})', 'store'),
+        (r'GET /storage/(?P<oid>[0-9a-f]{64})', 'fetch'),
+        (rf'POST {MODEL}/commit/(?P<revision>[^/]+)', 'create_commit'),
+        (rf'POST {MODEL}/branch/(?P<branch>[^/]+)', 'create_branch'),
+        (rf'GET {MODEL}(/revision/(?P<revision>[^/]+))?', 'model_info'),
+        (r'(HEAD|GET) /(?P<repo_id>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<path>.+)', 'resolve'),
     )
 
     def log_message(self, format, *args):
@@ -122,25 +112,20 @@ class _Handler(BaseHTTPRequestHandler):
         url = urlsplit(self.path)
         self.query = parse_qs(url.query)
         self.body = self.rfile.read(int(self.headers.get('Content-Length') or 0))
+        request = f'{self.command} {url.path}'
         with self.hub.lock:
-            self.hub.requests.append((self.command, url.path))
-            matching = (f for f in self.hub.faults if f.method == self.command and re.search(f.path, url.path))
-            self.fault = next((f for f in matching if f.times > 0), None)
-            if self.fault:
-                self.fault.times -= 1
-        if self.fault and not self.fault.applied:
-            return self.reply(200, b'')
-        try:
-            for method, pattern, name in self.ROUTES:
-                match = re.fullmatch(f'{method} {pattern}', f'{self.command} {url.path}')
-                if match:
+            self.hub.requests.append(request)
+            matching = (f for f in self.hub.faults if f.method == self.command and f.path in url.path)
+            if fault := next(matching, None):
+                self.hub.faults.remove(fault)
+            self.fault = fault
+            if fault and not fault.applied:
+                return self.reply(200, b'')
+            for pattern, name in self.ROUTES:
+                if match := re.fullmatch(pattern, request):
                     parts = {key: unquote(value) for key, value in match.groupdict().items() if value is not None}
-                    with self.hub.lock:
-                        return getattr(self, name)(**parts)
-            raise Refused(404, f'No such route: {self.command} {url.path}')
-        except Refused as error:
-            status, message, code = (*error.args, '')[:3]
-            self.reply_json({'error': message}, status, {'X-Error-Message': message, 'X-Error-Code': code})
+                    return getattr(self, name)(**parts)
+        self.refuse(404, 'No such route')
 
     do_GET = do_HEAD = do_POST = do_PUT = handle_any
 
@@ -157,25 +142,11 @@ class _Handler(BaseHTTPRequestHandler):
         if self.command != 'HEAD':
             self.wfile.write(content)
 
-    def reply_json(self, value: Any, status: int = 200, headers: dict[str, str] | None = None) -> None:
-        self.reply(status, json.dumps(value).encode(), {'Content-Type': 'application/json', **(headers or {})})
+    def reply_json(self, value: Any, status: int = 200) -> None:
+        self.reply(status, json.dumps(value).encode(), {'Content-Type': 'application/json'})
 
-    def user(self) -> str | None:
-        header = self.headers.get('Authorization')
-        if header and header.removeprefix('Bearer ') not in self.hub.users:
-            raise Refused(401, 'Invalid credentials in Authorization header')
-        return self.hub.users[header.removeprefix('Bearer ')] if header else None
-
-    def readable(self, repo_id: str) -> Repository:
-        repo = self.hub.repos.get(repo_id)
-        if repo is None or (repo.private and self.user() != repo_id.partition('/')[0]):
-            raise Refused(404 if self.user() else 401, 'Repository not found', 'RepoNotFound')
-        return repo
-
-    def writable(self, repo_id: str) -> Repository:
-        if self.user() != repo_id.partition('/')[0] and 'create_pr' not in self.query:
-            raise Refused(403, f'Forbidden: you need write access to {repo_id}')
-        return self.readable(repo_id)
+    def refuse(self, status: int, message: str, code: str = '') -> None:
+        self.reply(status, b'{}', {'X-Error-Message': message, 'X-Error-Code': code})
 
     def validate_card(self) -> None:
         self.reply_json({'errors': [], 'warnings': []})
@@ -183,14 +154,12 @@ class _Handler(BaseHTTPRequestHandler):
     def create_repo(self) -> None:
         asked = json.loads(self.body)
         repo_id = f'{asked["organization"]}/{asked["name"]}'
-        if self.user() != asked['organization']:
-            raise Refused(403, f'You have no rights to create a model under the namespace {asked["organization"]}')
         status = 409 if repo_id in self.hub.repos else 200
         self.hub.repos.setdefault(repo_id, Repository(private=asked.get('visibility') == 'private'))
         self.reply_json({'url': f'{self.hub.url}/{repo_id}'}, status)
 
     def preupload(self, repo_id: str, revision: str) -> None:
-        have, answer = self.writable(repo_id).files(revision), []
+        have, answer = self.hub.repos[repo_id].files(revision), []
         for path in (file['path'] for file in json.loads(self.body)['files']):
             content, lfs = have.get(path), path.endswith(LFS)
             oid = content and (hashlib.sha256(content).hexdigest() if lfs else git_id(content))
@@ -201,22 +170,18 @@ class _Handler(BaseHTTPRequestHandler):
         objects = [{'oid': item['oid'], 'size': item['size']} for item in json.loads(self.body)['objects']]
         for item in objects:
             if item['oid'] not in self.hub.objects:
-                item['actions'] = {'upload': {'href': f'{self.hub.storage_url}/storage/{item["oid"]}'}}
+                item['actions'] = {'upload': {'href': f'{self.hub.storage}/{item["oid"]}'}}
         self.reply_json({'transfer': 'basic', 'objects': objects})
 
     def store(self, oid: str) -> None:
-        if self.headers.get('Authorization') or hashlib.sha256(self.body).hexdigest() != oid:
-            raise Refused(400, 'The token was sent to storage, or this is another file')
         self.hub.objects[oid] = self.body
         self.reply(200, b'')
 
     def fetch(self, oid: str) -> None:
-        if self.headers.get('Authorization'):
-            raise Refused(400, 'The token was sent to storage')
         self.reply(200, self.hub.objects[oid], {'ETag': f'"{oid}"'})
 
     def create_commit(self, repo_id: str, revision: str) -> None:
-        repo, (header, *changes) = self.writable(repo_id), map(json.loads, self.body.splitlines())
+        repo, (header, *changes) = self.hub.repos[repo_id], map(json.loads, self.body.splitlines())
         files = dict(repo.files(revision))
         for change in (line['value'] for line in changes):
             lfs = 'oid' in change
@@ -229,22 +194,21 @@ class _Handler(BaseHTTPRequestHandler):
         self.reply_json({**answer, 'commitOid': repo.sha(revision), 'commitUrl': url})
 
     def create_branch(self, repo_id: str, branch: str) -> None:
-        repo = self.writable(repo_id)
+        repo = self.hub.repos[repo_id]
         repo.branches.setdefault(branch, repo.branches['main'])  # the real Hub answers 409 where it is there
         self.reply_json({})
 
     def model_info(self, repo_id: str, revision: str = 'main') -> None:
-        repo = self.readable(repo_id)
+        repo = self.hub.repos[repo_id]
         self.reply_json({'id': repo_id, 'private': repo.private, 'sha': repo.sha(revision), 'siblings': []})
 
     def resolve(self, repo_id: str, revision: str, path: str) -> None:
-        repo = self.readable(repo_id)
-        headers = {'X-Repo-Commit': repo.sha(revision)}
-        content = repo.files(revision).get(path)
+        repo = self.hub.repos[repo_id]
+        headers, content = {'X-Repo-Commit': repo.sha(revision)}, repo.files(revision).get(path)
         if content is None:
-            raise Refused(404, 'Entry not found', 'EntryNotFound')
+            return self.refuse(404, 'Entry not found', 'EntryNotFound')
         if not path.endswith(LFS):
             return self.reply(200, content, {**headers, 'ETag': f'"{git_id(content)}"'})
         oid = hashlib.sha256(content).hexdigest()
         linked = {'X-Linked-Size': str(len(content)), 'X-Linked-Etag': f'"{oid}"'}
-        self.reply(302, b'', {**headers, **linked, 'Location': f'{self.hub.storage_url}/storage/{oid}'})
+        self.reply(302, b'', {**headers, **linked, 'Location': f'{self.hub.storage}/{oid}'})

@@ -8,7 +8,6 @@ import random
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 from PIL import Image
 from trained_run import make_run, resave
@@ -37,8 +36,8 @@ def command(tmp_path, capsys):
 
 
 def damaged(content, rng, pieces=(b'\0' * 300,)):
-    """Cut, change bits, put something in, or exchange, drop or repeat lines."""
-    kind, at = rng.randrange(6), rng.randrange(len(content))
+    """Cut, change a bit, put something in, or drop or repeat a line."""
+    kind, at = rng.randrange(5), rng.randrange(len(content))
     if kind == 0:
         return content[:at]
     if kind == 1:
@@ -46,8 +45,8 @@ def damaged(content, rng, pieces=(b'\0' * 300,)):
     if kind == 2:
         return content[:at] + rng.choice(pieces) + content[at:]
     lines = content.splitlines(keepends=True)
-    i, j = rng.randrange(len(lines)), rng.randrange(len(lines))
-    lines[i : i + 1] = {3: [], 4: [lines[i], lines[j]], 5: [lines[j]]}[kind]
+    i = rng.randrange(len(lines))
+    lines[i : i + 1] = [rng.choice(lines)] * (kind - 3)
     return b''.join(lines)
 
 
@@ -65,18 +64,14 @@ def test_checkpoints(tmp_path, command):
     """Half of the damages are where a checkpoint's structure is: the pickle at its start, the directory at its end."""
     rng, path = random.Random(0), make_run(tmp_path, 'cifar_resnet20_msar')
     image, output = tmp_path / 'image.png', tmp_path / 'out.png'
-    Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)).save(image)
+    Image.linear_gradient('L').save(image)
     resave(path, optimizer=None)  # a smaller file
     good, right = path.read_bytes(), command('predict', image, '--checkpoint', path)
-    assert right[0] == 0
     structure, codes = [*range(20_000), *range(len(good) - 20_000, len(good))], []
     for i in range(120):
-        content = bytearray(good)
-        if i % 4 == 0:
-            content = content[: rng.randrange(len(good))] if i % 8 else damaged(bytes(content), rng)
-        else:
-            for _ in range(rng.choice((1, 1, 3))):
-                content[rng.choice(structure) if i % 2 else rng.randrange(len(good))] ^= 1 << rng.randrange(8)
+        content = bytearray(good if i % 4 else damaged(good, rng))
+        for _ in range(rng.choice((1, 1, 3)) if i % 4 else 0):
+            content[rng.choice(structure) if i % 2 else rng.randrange(len(good))] ^= 1 << rng.randrange(8)
         path.write_bytes(content)
         result = command('predict', image, '--checkpoint', path)
         assert result == right or result[0] == 1  # other weights would have other probabilities
@@ -84,18 +79,18 @@ def test_checkpoints(tmp_path, command):
         if i % 20 == 0:
             name, source = ('export', (path,)) if i % 40 else ('gates', (image, '--checkpoint', path))
             command(name, *source, '--output', output.with_name(f'{i}.png'), output=output.with_name(f'{i}.png'))
-    assert 80 < sum(codes) < 120  # the others are flips in what nobody reads
+    assert right[0] == 0 and 80 < sum(codes) < 120  # the others are flips in what nobody reads
 
     path.write_bytes(good)
     resave(path, epoch=Code(tmp_path / 'ran'))
-    for words in (('export', path), ('predict', image, '--checkpoint', path), ('gates', image, '--checkpoint', path)):
-        assert command(*words, *(() if words[0] == 'predict' else ('--output', output)))[0] == 1
+    for words in (('export', path), ('gates', image, '--checkpoint', path)):
+        assert command(*words, '--output', output)[0] == 1
     assert not (tmp_path / 'ran').exists()
 
 
 PIECES = (
     *(b'"', b'\0' * 2000, b'9', b'-', b'\n', b',', b'!!int abc', b'2024-13-45', b'[' * 3000, b'\xff', b'&a *a', b': '),
-    *(b'!!bool maybe', b'.nan', b'{', b'? ', b'<<: ', b'!!python/object/apply:os.mkdir [ran]', b'\xef\xbb\xbf'),
+    *(b'.nan', b'{', b'<<: ', b'!!python/object/apply:os.mkdir [ran]', b'\xef\xbb\xbf'),
 )
 
 
@@ -114,19 +109,16 @@ def test_runs(name, tmp_path, command, monkeypatch):
 
 def odd_image(path, rng):
     """Write something under the name of an image."""
-    kind = rng.randrange(8)
+    kind = rng.randrange(6)
     if kind == 0:
-        path.write_bytes(rng.choice((b'', b'\0' * 500, b'\x89PNG\r\n\x1a\n', b'GIF89a', b'<svg/>')))
+        path.write_bytes(rng.choice((b'', b'\0' * 500, b'\x89PNG\r\n\x1a\n', b'<svg/>')))
     elif kind == 1:
         os.mkfifo(path)
     elif kind == 2:
         path.symlink_to(rng.choice((path.parent, path, Path('/nowhere'))))
-    elif kind == 3:
-        path.mkdir()
     else:
-        Image.new(rng.choice(('RGB', 'L', 'P', '1', 'RGBA', 'LA', 'I;16')), (8, 8)).save(path, 'png')
-        if kind == 4:
-            path.write_bytes(damaged(path.read_bytes(), rng))
+        Image.new(rng.choice(('RGB', 'P', '1', 'RGBA', 'I;16')), (8, 8)).save(path, 'png')
+        path.write_bytes(damaged(path.read_bytes(), rng) if kind == 3 else path.read_bytes())
 
 
 def test_folders_of_images(tmp_path, command):
@@ -152,8 +144,8 @@ def test_paths(tmp_path, command):
     os.mkfifo(tmp_path / 'fifo')
     (tmp_path / 'loop').symlink_to('loop')
     (tmp_path / 'file').write_bytes(bytes(1000))
-    names = ['a' * 300, 'a\0b', 'a\nb' * 90, 'fifo', 'loop', 'loop/x', 'file', 'file/x', 'fifo/x', 'x/' * 3000]
-    odd = [tmp_path, *(tmp_path / name for name in [*names, f'{os.fsdecode(bytes([255]))}{"a" * 255}'])]
+    names = ['a' * 300, 'a\0b', 'fifo', 'loop', 'loop/x', 'file', 'file/x', 'x/' * 3000, os.fsdecode(b'\xff' * 256)]
+    odd = [tmp_path, *(tmp_path / name for name in names)]
     model = ('--model', 'cifar_resnet20_msar')
     for path in odd:
         for words in (

@@ -35,9 +35,9 @@ def noise(count, *shape, seed=0):
     return np.random.default_rng(seed).integers(0, 256, (count, *shape), dtype=np.uint8)
 
 
-def write_cifar(folder, cls, monkeypatch, names):
-    """Write noise in the layout of the Python version of CIFAR, and make torchvision expect these files' MD5."""
-    base = folder / cls.base_folder
+def write_cifar(folder, monkeypatch):
+    """Write noise in the layout of the Python version of CIFAR-10, and make torchvision expect these files' MD5."""
+    base = folder / CIFAR10.base_folder
     base.mkdir(parents=True)
 
     def write(filename, content):
@@ -45,17 +45,17 @@ def write_cifar(folder, cls, monkeypatch, names):
         (base / filename).write_bytes(packed)
         return hashlib.md5(packed).hexdigest()
 
-    key = 'labels' if cls is CIFAR10 else 'fine_labels'
     lists, images = {'train_list': [], 'test_list': []}, {'train_list': [], 'test_list': []}
     for attribute, parts in lists.items():
-        for filename, _ in getattr(cls, attribute):
+        for filename, _ in getattr(CIFAR10, attribute):
             seed = len(images['train_list']) + len(images['test_list'])
-            pixels = noise(2 * len(names), 3, 32, 32, seed=seed)
-            content = {'data': pixels.reshape(len(pixels), -1), key: [*range(len(names))] * 2}
+            pixels = noise(20, 3, 32, 32, seed=seed)
+            content = {'data': pixels.reshape(20, -1), 'labels': [*range(10)] * 2}
             parts.append([filename, write(filename, content)])
             images[attribute].append(pixels.transpose(0, 2, 3, 1))
-        monkeypatch.setattr(cls, attribute, parts)
-    monkeypatch.setattr(cls, 'meta', cls.meta | {'md5': write(cls.meta['filename'], {cls.meta['key']: names})})
+        monkeypatch.setattr(CIFAR10, attribute, parts)
+    md5 = write(CIFAR10.meta['filename'], {CIFAR10.meta['key']: CIFAR10_NAMES})
+    monkeypatch.setattr(CIFAR10, 'meta', CIFAR10.meta | {'md5': md5})
     return np.concatenate(images['train_list']), np.concatenate(images['test_list'])
 
 
@@ -80,29 +80,23 @@ def fashion(tmp_path, monkeypatch):
 CIFAR10_NAMES = ['airplane', 'automobile', 'bird', 'cat', 'deer', 'dog', 'frog', 'horse', 'ship', 'truck']
 
 
-@pytest.mark.parametrize('cls, names', [(CIFAR10, CIFAR10_NAMES), (CIFAR100, [f'{i:02d}_x' for i in range(100)])])
-def test_cifar_folder_holds_every_image_under_its_label(cls, names, tmp_path, monkeypatch, capsys):
-    train, test = write_cifar(tmp_path / 'source', cls, monkeypatch, names)
-    run(cls.__name__.lower(), tmp_path / 'root', '--source', tmp_path / 'source')
+def test_cifar_folder_holds_every_image_under_its_label(tmp_path, monkeypatch, capsys):
+    train, test = write_cifar(tmp_path / 'source', monkeypatch)
+    run('cifar10', tmp_path / 'root', '--source', tmp_path / 'source')
     for split, images in {'train': train, 'validation': test}.items():
         dataset = create_dataset('', root=str(tmp_path / 'root'), split=split)
-        assert list(dataset.reader.class_to_idx) == names
-        assert len(dataset) == len(images)
+        assert list(dataset.reader.class_to_idx) == CIFAR10_NAMES and len(dataset) == len(images)
         for path, (image, label) in zip(dataset.filenames(basename=True), dataset, strict=True):
             index = int(path.removesuffix('.png'))
-            assert label == index % len(names)
-            wanted = images[index]
-            if split == 'train':
-                wanted = np.zeros((40, 40, 3), np.uint8)
-                wanted[4:36, 4:36] = images[index]
-            assert np.array_equal(np.asarray(image), wanted)
-    facts = json.loads((tmp_path / 'root' / 'dataset.json').read_text())
-    assert (facts['dataset'], facts['classes']) == (cls.__name__.lower(), names)
+            assert label == index % 10
+            width = 4 if split == 'train' else 0
+            assert np.array_equal(np.asarray(image), np.pad(images[index], [(width, width)] * 2 + [(0, 0)]))
+    assert json.loads((tmp_path / 'root' / 'dataset.json').read_text())['classes'] == CIFAR10_NAMES
     assert f'{len(train)} training, {len(test)} validation images' in capsys.readouterr().out
 
 
 def test_cifar_with_a_wrong_checksum_is_not_unpickled(tmp_path, monkeypatch, capsys):
-    write_cifar(tmp_path / 'source', CIFAR10, monkeypatch, CIFAR10_NAMES)
+    write_cifar(tmp_path / 'source', monkeypatch)
     ran = tmp_path / 'ran'
     code = b"cos\nsystem\n(S'touch " + str(ran).encode() + b"'\ntR."
     (tmp_path / 'source' / CIFAR10.base_folder / 'data_batch_3').write_bytes(code)
@@ -139,33 +133,19 @@ def test_fashion_mnist_is_padded_to_32_and_for_training_to_40(fashion):
 
 
 def test_the_first_images_of_each_class(fashion, capsys):
-    source, root, images = fashion
+    source, root, _ = fashion
     run('fashion_mnist', root, '--source', source, '--per-class', 3)
-    names = {path.parent.name: [] for path in sorted(root.glob('train/*/*'))}
-    for path in sorted(root.glob('train/*/*')):
-        names[path.parent.name].append(path.name)
-        assert np.array_equal(np.asarray(Image.open(path)), np.pad(images['train'][int(path.stem)], 6))
-    wanted = [[f'{label + 10 * i:05d}.png' for i in range(3)] for label in range(10)]
-    assert [names[folder] for folder in sorted(names)] == wanted
+    names = [path.name for path in sorted(root.glob('train/*/*'))]
+    assert names == [f'{label + 10 * i:05d}.png' for label in range(10) for i in range(3)]
     assert len(list(root.glob('validation/*/*'))) == 20
-    assert 'exists already' in refused(capsys, 'fashion_mnist', root, '--source', source)
     error = refused(capsys, 'fashion_mnist', root.with_name('other'), '--source', source, '--per-class', 5)
     assert error == '--per-class 5 is more than the 4 training images of a class'
 
 
 @pytest.mark.skipif(not data.DEBIAN_FASHION_MNIST.is_dir(), reason="needs Debian's package dataset-fashion-mnist")
 def test_real_fashion_mnist(tmp_path):
-    """With the name and the time in their headers, Debian's files are those whose checksums torchvision lists."""
-    for filename, md5 in FashionMNIST.resources:
-        packed = (data.DEBIAN_FASHION_MNIST / filename).read_bytes()
-        time = 1504176627 if 't10k' in filename else 1504176606
-        header = struct.pack('<4BI2B', 0x1F, 0x8B, 8, 8, time, 0, 3) + filename.removesuffix('.gz').encode() + b'\0'
-        assert hashlib.md5(header + packed[10:]).hexdigest() == md5
     classes, splits = data._load('fashion_mnist', None, tmp_path)
     assert (len(classes), len(splits['train'][1]), len(splits['validation'][1])) == (10, 60000, 10000)
-    images, labels, indices = data._first(600, *splits['train'])
-    assert np.bincount(labels).tolist() == [600] * 10
-    assert images.shape == (6000, 32, 32) and (splits['train'][1][indices] == labels).all()
 
 
 def loaded(dataset, **kwargs):
@@ -181,7 +161,7 @@ def loaded(dataset, **kwargs):
 @pytest.fixture
 def one_cifar_image(tmp_path, monkeypatch):
     """A folder from `timm-msar data cifar10` of which only one training image is left, and this image."""
-    train, test = write_cifar(tmp_path / 'source', CIFAR10, monkeypatch, CIFAR10_NAMES)
+    train, test = write_cifar(tmp_path / 'source', monkeypatch)
     run('cifar10', tmp_path / 'root', '--source', tmp_path / 'source')
     for path in (tmp_path / 'root' / 'train').glob('*/*.png'):
         if path.name != '00007.png':
@@ -226,7 +206,7 @@ def test_validation_images_are_the_originals(one_cifar_image, interpolation, pre
     assert np.array_equal(outputs, originals[order])
 
 
-def test_an_interrupted_run_leaves_nothing_and_a_finished_one_stays(fashion, monkeypatch, capsys):
+def test_an_interrupted_run_leaves_nothing_and_other_content_stays(fashion, monkeypatch, capsys):
     source, root, _ = fashion
     save, saved = Image.Image.save, []
 
@@ -242,12 +222,6 @@ def test_an_interrupted_run_leaves_nothing_and_a_finished_one_stays(fashion, mon
         assert run('fashion_mnist', root, '--source', source) == 130
     assert [path.name for path in root.parent.iterdir()] == ['source']
 
-    assert run('fashion_mnist', root, '--source', source) == 0
-    assert 'exists already' in refused(capsys, 'fashion_mnist', root, '--source', source)
-
-
-def test_other_content_and_the_folder_one_is_in_are_left_alone(fashion, monkeypatch, capsys):
-    source, root, _ = fashion
     root.mkdir()
     monkeypatch.chdir(root)
     assert 'exists already' in refused(capsys, 'fashion_mnist', '.', '--source', source)
@@ -309,13 +283,9 @@ def grey_of_16_bits(folder):
         (lambda folder: shutil.rmtree(folder), 'there is no folder'),
         (lambda folder: (folder / 'train').rename(folder / 'trains'), 'there is no folder'),
         (lambda folder: [path.unlink() for path in folder.glob('val/*/*')], 'RuntimeError: Found 0 images in subfold'),
-        (
-            lambda folder: (folder / 'val' / 'cat' / '1.png').unlink(),
-            "'cat' and 0 more classes have images in only one",
-        ),
+        (lambda folder: (folder / 'val/cat/1.png').unlink(), "'cat' and 0 more classes have images in only one"),
         (lambda folder: os.truncate(folder / 'train/dog/1.png', 60), '1 train images cannot be used, the first is'),
         (lambda folder: copy_class(folder, 'dog', 'Dog'), 'timm numbers the classes '),
-        (lambda folder: copy_class(folder, 'dog', '²'), 'ValueError: invalid literal for int() with base 10'),
         (grey_of_16_bits, 'more than 8 bits'),
         (lambda folder: os.mkfifo(folder / 'train/dog/2.png'), 'is not a file'),
     ],

@@ -31,13 +31,9 @@ def figure(script, *words) -> float:
     return float(re.findall(r': ([\d.e+-]+)$', run(sys.executable, FOLDER / script, *words).strip())[-1])
 
 
-def test_examples_are_short():
-    assert all(len(path.read_text(encoding='utf-8').splitlines()) <= 40 for path in FOLDER.iterdir())
-
-
 @pytest.mark.parametrize(
     ('encoder', 'options'),
-    [('tu-cifar_resnet20_msar', []), ('tu-resnext50_msar', []), ('tu-resnext50_msar', ['--deeplab'])],
+    [('tu-cifar_resnet20_msar', []), pytest.param('tu-resnext50_msar', ['--deeplab'], marks=pytest.mark.slow)],
 )
 def test_segmentation_finds_the_ink(encoder, options):
     pytest.importorskip('segmentation_models_pytorch')

@@ -44,9 +44,7 @@ def test_a_checkpoint_knows_its_network_its_images_and_its_classes(tmp_path, ima
 
     assert main(['export', str(checkpoint), '--output', str(tmp_path / 'exported')]) == 0
     capsys.readouterr()
-    assert (
-        run(tmp_path, '--model', f'local-dir:{tmp_path / "exported"}') == 1
-    )  # data/ has empty files under images' names
+    assert run(tmp_path, '--model', f'local-dir:{tmp_path / "exported"}') == 1  # data/ has empty files
     out, err = capsys.readouterr()
     assert '\n'.join([str(image), *lines]) in out and '3 of 4 images cannot be read' in err
 
@@ -72,15 +70,8 @@ def test_numbers_where_there_are_no_names_and_the_names_of_imagenet(tmp_path, im
 
 
 def test_weights_that_cannot_be_had(tmp_path, image, capsys):
-    for words, message in (
-        ((image, '--model', 'cifar_resnet56_msar'), 'No pretrained weights exist for cifar_resnet56_msar'),
-        ((image, '--model', 'resnet1_msar'), 'Unknown model (resnet1_msar)'),
-        ((image, '--model', 'local-dir:nowhere'), 'nowhere'),
-        ((tmp_path / 'folder', '--model', NAME), 'there is no image in the folder'),
-    ):
-        (tmp_path / 'folder').mkdir(exist_ok=True)
-        assert run(*words) == 1
-        assert message in capsys.readouterr().err
+    assert run(image, '--model', 'cifar_resnet56_msar') == 1
+    assert 'No pretrained weights exist for cifar_resnet56_msar' in capsys.readouterr().err
     with pytest.raises(SystemExit, match='2'):
         run(image)
     assert 'one of the arguments --model --checkpoint is required' in capsys.readouterr().err

@@ -1,29 +1,14 @@
 """`timm-msar speed` times the real networks, in turn, and prints medians."""
 
-import argparse
 import re
 from collections import Counter
 from functools import partial
 
-import pytest
 import timm
 import torch
 
 from timm_msar.cli import speed
-
-
-@pytest.fixture
-def table(monkeypatch, capsys):
-    """A function that runs the command on networks of one block a stage, which are made sooner."""
-    monkeypatch.setattr(timm, 'create_model', partial(timm.create_model, layers=(1, 1, 1, 1)))
-    parser = argparse.ArgumentParser()
-    speed.add_arguments(parser)
-
-    def run(*options, network='resnet18_msar'):
-        speed.main(parser.parse_args([network, '--device', 'cpu', '--rounds', '1', '--img-size', '64', *options]))
-        return capsys.readouterr().out
-
-    return run
+from timm_msar_command import main
 
 
 def test_networks_are_timed_in_turn_and_weights_stay(monkeypatch):
@@ -53,14 +38,7 @@ def test_what_is_counted():
     assert one.operators == {True: 2 * 4 + 1}
 
 
-@pytest.mark.parametrize(
-    ('options', 'setting', 'dtype'),
-    [
-        (['--amp'], 'bfloat16 autocast', torch.bfloat16),
-        (['--compile', 'some-mode'], 'float32, compiled (some-mode)', torch.float32),
-    ],
-)
-def test_every_network_runs_as_the_options_say(options, setting, dtype, table, monkeypatch):
+def test_every_network_runs_as_the_options_say(monkeypatch, capsys):
     calls = Counter()
 
     def note(module, inputs, output):
@@ -73,13 +51,15 @@ def test_every_network_runs_as_the_options_say(options, setting, dtype, table, m
         return torch.nn.Sequential(model)
 
     monkeypatch.setattr(torch, 'compile', compiled)
+    monkeypatch.setattr(timm, 'create_model', partial(timm.create_model, layers=(1, 1, 1, 1)))  # made sooner
+    words = 'speed resnet18_msar --device cpu --rounds 1 --img-size 64 --batch-size 2 --amp --compile some-mode'
     with torch.nn.modules.module.register_module_forward_hook(note):
-        out = table('--batch-size', '2', *options)
+        assert main(words.split()) == 0
+    out = capsys.readouterr().out
     # Of four networks a first call, a count and one round.
-    assert calls == {(False, dtype, True): 12, (True, dtype, True): 12}
-    assert f'batch 2, 64 px, channels_last, {setting}, medians in 1 rounds, on cpu' in out
-    rows = re.findall(
-        r'^\| (\w*res.*?) \| [\d.]+ \| ([\d.]+) \| \d+ \| [\d.]+ \| ([\d.]+) \| \d+ \| \d+ \|$', out, re.M
-    )
-    assert [row[0] for row in rows] == ['resnet18', 'seresnet18', 'resnet18_msar, scales=[1]', 'resnet18_msar']
-    assert rows[1][1:] == ('1.00', '1.00')
+    assert calls == {(False, torch.bfloat16, True): 12, (True, torch.bfloat16, True): 12}
+    assert 'batch 2, 64 px, channels_last, bfloat16 autocast, compiled (some-mode), medians in 1 rounds, on cpu' in out
+    row = r'^\| (\w*res.*?) \| [\d.]+ \| ([\d.]+) \| \d+ \| [\d.]+ \| ([\d.]+) \| \d+ \| \d+ \|$'
+    names, *ratios = zip(*re.findall(row, out, re.M))
+    assert names == ('resnet18', 'seresnet18', 'resnet18_msar, scales=[1]', 'resnet18_msar')
+    assert [ratio[1] for ratio in ratios] == ['1.00', '1.00']

@@ -20,10 +20,11 @@ def write(path, text, folder):
         target.write_text(text)
 
 
-def stopped_at(line, path, folder, stop):
-    """Write `path` anew in another process that is stopped before the line-th line of the module; whether it was."""
+def stopped_at(line, path, folder, number):
+    """Write `path` anew in another process that gets a signal before the line-th line of the module; whether it did."""
     child = os.fork()
     if child == 0:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         lines = 0
 
         def trace(frame, event, _):
@@ -32,7 +33,7 @@ def stopped_at(line, path, folder, stop):
                 return None
             lines += event == 'line'
             if event == 'line' and lines == line:
-                stop()
+                signal.raise_signal(number)
             return trace
 
         code = 1
@@ -46,33 +47,22 @@ def stopped_at(line, path, folder, stop):
     return os.waitpid(child, 0)[1] != 0
 
 
-def interrupt():
-    raise KeyboardInterrupt
-
-
-def kill():
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-@pytest.mark.skipif(not hasattr(os, 'fork'), reason='needs os.fork')
-@pytest.mark.parametrize('stop', [interrupt, kill])
+@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGKILL])
 @pytest.mark.parametrize('folder', [True, False])
-def test_stopped_before_any_line(tmp_path, folder, stop):
+def test_stopped_before_any_line(tmp_path, folder, number):
     new = {('a', 'new'), ('b', 'new')} if folder else 'new'
     before = set() if folder else 'old'
-    seen, line = [], 0
-    while True:
+    seen, line, path = [], 0, None
+    while path is None or stopped_at(line, path, folder, number):
+        if path:
+            seen.append(content(path))
+            assert seen[-1] in (before, new)
+            assert number == signal.SIGKILL or [file.name for file in path.parent.iterdir()] == ['result']
         line += 1
-        room = tmp_path / str(line)
-        path = room / 'result'
-        (path if folder else room).mkdir(parents=True)
+        path = tmp_path / str(line) / 'result'
+        (path if folder else path.parent).mkdir(parents=True)
         if not folder:
             path.write_text('old')
-        if not stopped_at(line, path, folder, stop):
-            break
-        seen.append(content(path))
-        assert seen[-1] in (before, new)
-        assert stop is kill or [file.name for file in room.iterdir()] == ['result']
     assert content(path) == new and before in seen and new in seen and line > 8
 
 
