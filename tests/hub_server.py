@@ -60,8 +60,7 @@ class Hub:
         self.requests: list[str] = []
         self.lock = threading.Lock()
         self._server = ThreadingHTTPServer(('127.0.0.1', 0), type('Handler', (_Handler,), {'hub': self}))
-        port = self._server.server_port
-        self.url, self.storage = f'http://127.0.0.1:{port}', f'http://localhost:{port}/storage'  # another host
+        self.url = f'http://127.0.0.1:{self._server.server_port}'
 
     def __enter__(self) -> 'Hub':
         threading.Thread(target=self._server.serve_forever, kwargs={'poll_interval': 0.05}, daemon=True).start()
@@ -74,7 +73,7 @@ class Hub:
     def env(self, token: str | None, cache: Path) -> dict[str, str]:
         """Environment of a client process that talks to this Hub, as nobody else and from its own cache."""
         switches = ('HF_HUB_DISABLE_XET', 'HF_HUB_DISABLE_TELEMETRY', 'HF_HUB_DISABLE_PROGRESS_BARS')
-        env = {'HF_ENDPOINT': self.url, 'HF_HOME': str(cache), **dict.fromkeys(('NO_PROXY', 'no_proxy'), '127.0.0.1,localhost')}
+        env = {'HF_ENDPOINT': self.url, 'HF_HOME': str(cache), 'NO_PROXY': '127.0.0.1', 'no_proxy': '127.0.0.1'}
         return {**env, **dict.fromkeys(switches, '1'), **({'HF_TOKEN': token} if token else {})}
 
     def uploads(self) -> int:
@@ -98,7 +97,6 @@ class _Handler(BaseHTTPRequestHandler):
         (rf'POST {MODEL}/preupload/(?P<revision>[^/]+)', 'preupload'),
         (r'POST /(?P<repo_id>[^/]+/[^/]+)\.git/info/lfs/objects/batch', 'lfs_batch'),
         (r'PUT /storage/(?P<oid>[0-9a-f]{64})', 'store'),
-        (r'GET /storage/(?P<oid>[0-9a-f]{64})', 'fetch'),
         (rf'POST {MODEL}/commit/(?P<revision>[^/]+)', 'create_commit'),
         (rf'POST {MODEL}/branch/(?P<branch>[^/]+)', 'create_branch'),
         (rf'GET {MODEL}(/revision/(?P<revision>[^/]+))?', 'model_info'),
@@ -170,15 +168,12 @@ class _Handler(BaseHTTPRequestHandler):
         objects = [{'oid': item['oid'], 'size': item['size']} for item in json.loads(self.body)['objects']]
         for item in objects:
             if item['oid'] not in self.hub.objects:
-                item['actions'] = {'upload': {'href': f'{self.hub.storage}/{item["oid"]}'}}
+                item['actions'] = {'upload': {'href': f'{self.hub.url}/storage/{item["oid"]}'}}
         self.reply_json({'transfer': 'basic', 'objects': objects})
 
     def store(self, oid: str) -> None:
         self.hub.objects[oid] = self.body
         self.reply(200, b'')
-
-    def fetch(self, oid: str) -> None:
-        self.reply(200, self.hub.objects[oid], {'ETag': f'"{oid}"'})
 
     def create_commit(self, repo_id: str, revision: str) -> None:
         repo, (header, *changes) = self.hub.repos[repo_id], map(json.loads, self.body.splitlines())
@@ -204,11 +199,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def resolve(self, repo_id: str, revision: str, path: str) -> None:
         repo = self.hub.repos[repo_id]
-        headers, content = {'X-Repo-Commit': repo.sha(revision)}, repo.files(revision).get(path)
-        if content is None:
+        if (content := repo.files(revision).get(path)) is None:
             return self.refuse(404, 'Entry not found', 'EntryNotFound')
-        if not path.endswith(LFS):
-            return self.reply(200, content, {**headers, 'ETag': f'"{git_id(content)}"'})
-        oid = hashlib.sha256(content).hexdigest()
-        linked = {'X-Linked-Size': str(len(content)), 'X-Linked-Etag': f'"{oid}"'}
-        self.reply(302, b'', {**headers, **linked, 'Location': f'{self.hub.storage}/{oid}'})
+        self.reply(
+            200, content, {'X-Repo-Commit': repo.sha(revision), 'ETag': f'"{hashlib.sha1(content).hexdigest()}"'}
+        )

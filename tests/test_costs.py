@@ -19,8 +19,6 @@ ROOT = Path(__file__).parents[1]
     [
         ('cifar_resnet20_msar', {}, 40.898, 286_838),
         ('cifar_resnet20_msar', {'rd_ratio': 1.0}, 41.033, 306_530),
-        ('cifar_resnet32_msar', {}, 69.266, 490_846),
-        ('cifar_resnet56_msar', {}, 126.002, 898_862),
         ('resnet18_msar', {}, 1817.729, 12_224_712),
         ('resnet34_msar', {}, 3670.363, 22_766_264),
         ('resnext50_msar', {}, 4247.930, 27_570_870),

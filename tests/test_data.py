@@ -8,14 +8,13 @@ import pickle
 import random
 import shutil
 import struct
-import urllib.error
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from timm.data import create_dataset, create_loader
-from torchvision.datasets import CIFAR10, CIFAR100, FashionMNIST
+from torchvision.datasets import CIFAR10
 
 from timm_msar.cli import data
 from timm_msar_command import main
@@ -105,18 +104,6 @@ def test_cifar_with_a_wrong_checksum_is_not_unpickled(tmp_path, monkeypatch, cap
     assert [path.name for path in tmp_path.iterdir()] == ['source']
 
 
-def test_offline_it_says_what_to_fetch_and_where_it_goes(tmp_path, monkeypatch, capsys):
-    def no_network(*args, **kwargs):
-        raise urllib.error.URLError('no network')
-
-    monkeypatch.setattr('urllib.request.urlopen', no_network)
-    monkeypatch.setattr(data, 'DEBIAN_FASHION_MNIST', tmp_path / 'none')
-    for name, url in (('cifar100', CIFAR100.url), ('fashion_mnist', FashionMNIST.mirrors[0])):
-        error = refused(capsys, name, tmp_path / 'root')
-        assert url in error and error.endswith(' and give their folder by --source')
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_fashion_mnist_is_padded_to_32_and_for_training_to_40(fashion):
     source, root, images = fashion
     run('fashion_mnist', root, '--source', source)
@@ -144,8 +131,8 @@ def test_the_first_images_of_each_class(fashion, capsys):
 
 @pytest.mark.skipif(not data.DEBIAN_FASHION_MNIST.is_dir(), reason="needs Debian's package dataset-fashion-mnist")
 def test_real_fashion_mnist(tmp_path):
-    classes, splits = data._load('fashion_mnist', None, tmp_path)
-    assert (len(classes), len(splits['train'][1]), len(splits['validation'][1])) == (10, 60000, 10000)
+    _, splits = data._load('fashion_mnist', None, tmp_path)
+    assert [len(labels) for _, labels, _ in splits.values()] == [60000, 10000]
 
 
 def loaded(dataset, **kwargs):
@@ -196,32 +183,17 @@ def test_training_images_are_the_81_crops_and_their_mirrors(one_cifar_image, int
     assert chi_square < 220  # 161 degrees of freedom: above 220 in 0.1 % of the cases
 
 
-@pytest.mark.parametrize('interpolation, prefetcher', [('bilinear', True), ('bicubic', False)])
-def test_validation_images_are_the_originals(one_cifar_image, interpolation, prefetcher):
+def test_validation_images_are_the_originals(one_cifar_image):
     root, _, originals = one_cifar_image
     dataset = create_dataset('', root=str(root), split='validation')
-    outputs = np.stack([*loaded(dataset, crop_pct=1.0, interpolation=interpolation, use_prefetcher=prefetcher)])
+    outputs = np.stack([*loaded(dataset, crop_pct=1.0, interpolation='bilinear', use_prefetcher=True)])
     order = [int(path.removesuffix('.png')) for path in dataset.filenames(basename=True)]
     assert sorted(order) == list(range(len(originals)))
     assert np.array_equal(outputs, originals[order])
 
 
-def test_an_interrupted_run_leaves_nothing_and_other_content_stays(fashion, monkeypatch, capsys):
+def test_other_content_and_the_folder_one_is_in_are_left_alone(fashion, monkeypatch, capsys):
     source, root, _ = fashion
-    save, saved = Image.Image.save, []
-
-    def save_and_stop_at_25(image, path, *args):
-        if len(saved) == 25:
-            path.write_bytes(b'half of an image')
-            raise KeyboardInterrupt
-        saved.append(path)
-        save(image, path, *args)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Image.Image, 'save', save_and_stop_at_25)
-        assert run('fashion_mnist', root, '--source', source) == 130
-    assert [path.name for path in root.parent.iterdir()] == ['source']
-
     root.mkdir()
     monkeypatch.chdir(root)
     assert 'exists already' in refused(capsys, 'fashion_mnist', '.', '--source', source)
@@ -236,10 +208,9 @@ def test_a_source_that_was_not_published(fashion, capsys):
     images = source / 'train-images-idx3-ubyte.gz'
     whole = images.read_bytes()
     other = gzip.compress(gzip.decompress(whole)[:-1] + b'x')
-    for broken in (whole[: len(whole) // 2], b'<html>', other, whole[:-30] + b'x' * 30):
+    for broken in (whole[: len(whole) // 2], b'<html>', other):
         images.write_bytes(broken)
-        error = refused(capsys, 'fashion_mnist', root, '--source', source)
-        assert 'as it was published' in error and (broken != other or 'has another checksum' in error)
+        assert 'as it was published' in refused(capsys, 'fashion_mnist', root, '--source', source)
     assert [path.name for path in root.parent.iterdir()] == ['source']
 
 
@@ -273,8 +244,6 @@ def copy_class(folder, old, new):
 
 def grey_of_16_bits(folder):
     Image.fromarray(np.full((8, 8), 20_000, np.uint16)).save(folder / 'train' / 'dog' / '1.png')
-    dataset = create_dataset('', root=str(folder), split='train')
-    assert np.asarray(dataset[1][0]).min() == 255  # 20,000 of 65,535 is a dark grey, and timm reads white
 
 
 @pytest.mark.parametrize(

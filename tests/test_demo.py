@@ -56,7 +56,5 @@ def test_better_weights_of_an_earlier_demo_are_not_replaced(tmp_path, capsys, mo
     monkeypatch.setattr(demo, 'train', lambda epochs: pytest.fail('trained first'))
     (tmp_path / 'demo').mkdir()
     (tmp_path / 'demo' / 'weights').touch()
-    for output, message in (('demo', 'demo exists already; give another name'), ('demo/weights/x', 'File exists')):
-        assert main(['demo', '--output', str(tmp_path / output)]) == 1
-        assert message in capsys.readouterr().err
-    assert [path.name for path in tmp_path.rglob('*')] == ['demo', 'weights']
+    assert main(['demo', '--output', str(tmp_path / 'demo')]) == 1
+    assert 'demo exists already; give another name' in capsys.readouterr().err

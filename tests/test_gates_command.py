@@ -71,15 +71,6 @@ def test_the_last_layer_of_each_stage():
     assert list(seen.maps) == ['layer1.0.se', 'layer2.1.se', 'layer3.0.se', 'layer4.0.se']
 
 
-def test_colours_reach_as_far_as_the_gates(tmp_path):
-    z = np.full((4, 4), 0.5)
-    z[:2, :2], z[2:, 2:] = 0.6, 0.4
-    gates.draw([gates.Look(np.zeros((32, 32, 3)), '', {'se': [('channel 0', z)]})], '', tmp_path / 'picture.png')
-    pixels = np.asarray(Image.open(tmp_path / 'picture.png').convert('RGB')).astype(int)
-    for color in ((0x67, 0x00, 0x1F), (0x05, 0x30, 0x61)):  # both ends of RdBu
-        assert (abs(pixels - color).max(2) < 8).sum() > 1000
-
-
 def test_the_images_of_a_folder_that_can_be_read_are_drawn(network, photo, tmp_path, capsys):
     """Some names are not UTF-8, or have line breaks or formulas in them."""
     images, output = tmp_path / 'images', tmp_path / 'new' / 'gates.png'

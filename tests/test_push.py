@@ -152,13 +152,6 @@ def test_after_a_lost_answer_the_same_push_changes_nothing(hub, push, checkpoint
     assert hub.repos['me/lost'].history() == ['initial commit', 'Add lost']
 
 
-def test_without_a_token_the_client_says_how_to_log_in(hub, checkpoint, tmp_path):
-    requests, pusher = len(hub.requests), Pusher(hub.env(None, tmp_path / 'cache'), tmp_path)
-    code, output = pusher(checkpoint, '--repo-id', 'me/net')
-    pusher.close()
-    assert code == 1 and 'hf auth login' in output and len(hub.requests) == requests
-
-
 WARM_START = """
 import timm, timm_msar, torch
 

@@ -67,8 +67,7 @@ def test_stopped_before_any_line(tmp_path, folder, number):
 
 
 def test_a_link_is_followed_and_the_longest_name_is_taken(tmp_path):
-    (tmp_path / 'elsewhere').mkdir()
-    target = tmp_path / 'elsewhere' / ('x' * 255)
+    target = tmp_path / ('x' * 255)
     (tmp_path / 'link').symlink_to(target)
     with files.whole(tmp_path / 'link') as aside:
         write(aside, 'new', False)
