@@ -28,21 +28,16 @@ CARDS = sorted((Path(__file__).parents[1] / 'hub_cards').glob('*.md'))
 
 # Runs each block in a process of its own that has torch and timm, but not timm_msar.
 RUN_BLOCKS = """
-import json, os, sys, traceback
+import json, os, sys
 import timm, torch
 
 for block in json.load(sys.stdin):
     sys.stdout.flush()
     child = os.fork()
     if not child:
-        try:
-            assert 'timm_msar' not in sys.modules
-            exec(compile(block, 'card', 'exec'), {'__name__': '__main__'})
-        except BaseException:
-            traceback.print_exc()
-            os._exit(1)
-        sys.stdout.flush()
-        os._exit(0)
+        assert 'timm_msar' not in sys.modules
+        exec(compile(block, 'card', 'exec'), {'__name__': '__main__'})
+        sys.exit()
     assert os.waitpid(child, 0)[1] == 0, block
     print('-----')
 """

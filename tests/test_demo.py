@@ -50,11 +50,3 @@ def test_weights_follow_from_the_digits_that_are_not_held_out(digits, tmp_path, 
     digits.target[4::5] = predicted
     again, accuracy = run('b')
     assert accuracy == 100 and all(torch.equal(value, weights[name]) for name, value in again.items())
-
-
-def test_better_weights_of_an_earlier_demo_are_not_replaced(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(demo, 'train', lambda epochs: pytest.fail('trained first'))
-    (tmp_path / 'demo').mkdir()
-    (tmp_path / 'demo' / 'weights').touch()
-    assert main(['demo', '--output', str(tmp_path / 'demo')]) == 1
-    assert 'demo exists already; give another name' in capsys.readouterr().err

@@ -75,5 +75,4 @@ def test_finetuning_learns_digits(timm_scripts, digits_folder, tmp_path):
     output = Path(re.findall(r'weights: (.+)', printed)[0])
     with open(output / 'summary.csv') as file:
         assert best == pytest.approx(max(float(row['eval_top1']) for row in csv.DictReader(file)), abs=0.005)
-    assert (output / 'model_best.pth.tar').is_file()
-    assert best > 40  # guessing gives 25
+    assert (output / 'model_best.pth.tar').is_file() and best > 40  # guessing gives 25

@@ -69,14 +69,6 @@ def test_numbers_where_there_are_no_names_and_the_names_of_imagenet(tmp_path, im
     assert f'{best}  {timm.data.ImageNetInfo().index_to_description(index)}' in capsys.readouterr().out
 
 
-def test_weights_that_cannot_be_had(tmp_path, image, capsys):
-    assert run(image, '--model', 'cifar_resnet56_msar') == 1
-    assert 'No pretrained weights exist for cifar_resnet56_msar' in capsys.readouterr().err
-    with pytest.raises(SystemExit, match='2'):
-        run(image)
-    assert 'one of the arguments --model --checkpoint is required' in capsys.readouterr().err
-
-
 def test_a_photo_is_read_as_a_person_sees_it(tmp_path):
     def saved(image, channels=3, **kwargs):
         image.save(tmp_path / 'image.png', **kwargs)

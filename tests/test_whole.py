@@ -3,10 +3,12 @@
 import os
 import signal
 import sys
+from pathlib import Path
 
 import pytest
 
 from timm_msar.cli import files
+from timm_msar.cli.errors import CommandError
 
 
 def content(path):
@@ -66,9 +68,12 @@ def test_stopped_before_any_line(tmp_path, folder, number):
     assert content(path) == new and before in seen and new in seen and line > 8
 
 
-def test_a_link_is_followed_and_the_longest_name_is_taken(tmp_path):
-    target = tmp_path / ('x' * 255)
-    (tmp_path / 'link').symlink_to(target)
-    with files.whole(tmp_path / 'link') as aside:
-        write(aside, 'new', False)
-    assert (tmp_path / 'link').is_symlink() and content(target) == 'new'
+def test_what_is_there_stays(tmp_path, monkeypatch):
+    (tmp_path / 'mine').mkdir()
+    (tmp_path / 'empty').mkdir()
+    (tmp_path / 'mine' / 'thesis').write_text('years of work')
+    monkeypatch.chdir(tmp_path / 'empty')  # which would have no name any more
+    for name, folder in (('../mine', True), ('../mine', False), ('../mine/thesis', True), ('.', True)):
+        with pytest.raises(CommandError, match='exists already'), files.whole(Path(name), folder):
+            pass
+    assert content(tmp_path / 'mine') == {('thesis', 'years of work')}

@@ -16,13 +16,9 @@ CLASSES = ('ankle_boot', 'bag', 'coat')
 
 
 def make_run(folder: Path, model: str = 'cifar_resnet20_msar', ema: bool = False, **changed) -> Path:
-    """Train a few steps, validate, and save as train.py does, in a folder named `run`; return last.pth.tar there.
+    """Train a few steps, validate, and save as train.py does, in the folder `run`; return the path of last.pth.tar.
 
-    Args:
-        folder: Where to make the run.
-        model: Name of the network.
-        ema: Whether to keep a moving average, which train.py then validates.
-        **changed: Further arguments of train.py, and `channels_last`.
+    `ema` keeps a moving average; `changed` are further arguments of train.py, and `channels_last`.
     """
     run, data = folder / 'run', folder / 'data'
     run.mkdir(parents=True)
