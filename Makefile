@@ -5,8 +5,9 @@ BIN := .venv/bin
 
 .PHONY: demo test quick test-timm lint format
 
+# Each time into a folder of its own.
 demo: .venv/installed
-	$(BIN)/timm-msar demo
+	$(BIN)/timm-msar demo --output demo-$$(date +%Y%m%d-%H%M%S)
 
 # One thread a process: the tests are many small networks, and PyTorch's threads get in each other's way.
 test: .venv/installed

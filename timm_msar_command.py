@@ -1,32 +1,96 @@
-"""Start the command `timm-msar`. This is no part of the package, so that it runs before PyTorch is imported."""
+"""Start the command `timm-msar`, outside the package: importing that imports PyTorch, which takes seconds."""
 
-import io
 import os
 import signal
 import sys
+from collections.abc import Sequence
+
+COMMANDS = {
+    'demo': 'Train a small network on handwritten digits, save it, load it back and draw its gates.',
+    'predict': 'Print the five most probable classes of images.',
+    'gates': 'Draw where the gates of a network open over images.',
+    'data': 'Prepare CIFAR-10, CIFAR-100 or Fashion-MNIST for train.py, or check a folder of images.',
+    'curves': 'Draw losses and error of runs of train.py, averaged over seeds.',
+    'export': 'Turn a checkpoint of train.py into a folder with weights, config and model card.',
+    'push': 'Publish a checkpoint of train.py on the Hugging Face Hub.',
+    'speed': 'Measure how long networks take with and without MS-SAR.',
+}
 
 
-def main() -> int:
-    """Import and run the command; return its exit code."""
-    # Importing PyTorch takes seconds. Until then nothing needs to be tidied up, so Ctrl-C may end the process at once.
-    on_interrupt = signal.getsignal(signal.SIGINT)
-    if on_interrupt is signal.default_int_handler:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-    from timm_msar.cli import main as command
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a subcommand; print any error as one sentence; return the exit code.
 
-    signal.signal(signal.SIGINT, on_interrupt)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # tidies up, as Ctrl-C does
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors='backslashreplace')
+    Args:
+        argv: The words after `timm-msar`. By default those of this process, whose signals and streams are set up then.
+
+    Raises:
+        SystemExit: The words are wrong (2) or ask for help (0), or the process was terminated (143).
+    """
+    given = sys.argv[1:] if argv is None else argv
+    words = [word for word in given if word != '--traceback']  # which may stand anywhere
+    name = f'timm-msar {words[0]}' if words and words[0] in COMMANDS else 'timm-msar'
     try:
         try:
-            return command()
+            _run(words, process=argv is None)
         finally:
             print(end='', flush=True)
-    except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python would try to print the rest at its end
-        if isinstance(error, BrokenPipeError):  # `| head` has read enough
-            return 141
-        print(f'timm-msar: error: cannot print ({error.strerror})', file=sys.stderr)
-        return 1
+        return 0
+    except SystemExit:
+        raise
+    except BrokenPipeError:  # `| head` has read enough
+        code, text = 141, ''
+    except KeyboardInterrupt:
+        code, text = 130, f'{name}: interrupted\n'
+    except BaseException as error:  # a panic of safetensors is no Exception
+        code, text = 1, f'{name}: error: {_sentence(error)}\n'
+        if len(words) < len(given):
+            sys.excepthook(type(error), error, error.__traceback__)
+    print(text, end='', file=sys.stderr)
+    if argv is None:  # Python would try to print the rest at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    return code
+
+
+def _run(words: list[str], process: bool) -> None:
+    """Import the module of the subcommand, and no other, and run it."""
+    on_interrupt = signal.getsignal(signal.SIGINT)
+    if process:
+        for stream in filter(None, (sys.stdout, sys.stderr)):
+            stream.reconfigure(errors='backslashreplace')  # type: ignore[union-attr]
+        if on_interrupt is signal.default_int_handler:  # and not ignored, as by a shell's background jobs
+            signal.signal(signal.SIGINT, _stop)
+    import argparse  # only now, so that Ctrl-C has no time to end in a traceback
+    import importlib.metadata
+
+    parser = argparse.ArgumentParser('timm-msar', description='MS-SAR networks for timm.')
+    version = f'timm-msar {importlib.metadata.version("timm-msar")}'
+    parser.add_argument('--version', action='version', version=version)
+    parser.add_argument('--traceback', action='store_true', help='show the traceback of an error')
+    subparsers = parser.add_subparsers(required=True, metavar='COMMAND')
+    commands = {name: subparsers.add_parser(name, help=text, description=text) for name, text in COMMANDS.items()}
+    if words and words[0] in COMMANDS:
+        module = importlib.import_module(f'timm_msar.cli.{words[0]}')
+        module.add_arguments(commands[words[0]])
+    args = parser.parse_args(words)
+    if process:
+        signal.signal(signal.SIGINT, on_interrupt)
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # tidies up, as Ctrl-C does
+    module.main(args)
+
+
+def _sentence(error: BaseException) -> str:
+    """What is wrong, in one line of printable characters."""
+    text = ' '.join(str(error).split())[:1000]
+    if isinstance(error, ModuleNotFoundError) and error.name in ('matplotlib', 'sklearn'):
+        text = f'{error.name} is missing; run pip install "timm-msar[demo]"'
+    elif isinstance(error, OSError) and error.strerror:
+        text = text.removeprefix(f'[Errno {error.errno}] ')
+    elif type(error).__name__ != 'CommandError':
+        text = f'{type(error).__name__}: {text}'
+    return ''.join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+def _stop(*_) -> None:
+    """End at once, since an exception can crash the import of PyTorch."""
+    os.write(2, b'timm-msar: interrupted\n')
+    os._exit(130)

@@ -1,4 +1,4 @@
-"""torchvision's Faster R-CNN on an MS-SAR network, one image a step. With --random it starts from no weights."""
+"""torchvision's Faster R-CNN on an MS-SAR network, one image a step. --random starts without pretrained weights."""
 
 import sys
 

@@ -1,9 +1,9 @@
 #!/bin/sh
-# Fine-tune a warm start on a folder of your images, DATA/train/CLASS/*.jpg and DATA/val/CLASS/*.jpg, with timm's train.py.
-# The script is not in timm's package; get it from a checkout of the installed version:
+# Fine-tune a warm start on images of your own, DATA/train/CLASS/*.jpg and DATA/val/CLASS/*.jpg, with timm's train.py.
+# train.py is not in timm's package. Get that of the installed version:
 #   git clone --depth 1 --branch v1.0.31 https://github.com/huggingface/pytorch-image-models
 #   cp pytorch-image-models/train.py .
-# Then, with OPTIONS of train.py if you like, for example --epochs 100:
+# Then start it, with OPTIONS of train.py if you like, such as --epochs 100:
 #   sh finetune.sh train.py DATA [OPTIONS]
 set -eu
 script=$1 data=$2
@@ -16,5 +16,5 @@ python "$script" --config "$config" --model resnet18_msar --num-classes "$(ls "$
 echo "weights: $output/finetuned"
 python - "$output/finetuned/summary.csv" <<'PYTHON'
 import csv, sys
-print('best accuracy:', max(float(row['eval_top1']) for row in csv.DictReader(open(sys.argv[1]))), '%')
+print(f'best accuracy: {max(float(row["eval_top1"]) for row in csv.DictReader(open(sys.argv[1]))):.2f} %')
 PYTHON

@@ -1,6 +1,8 @@
 """One ONNX file for every batch, height and width, run by onnxruntime.
 
-python onnx_any_size.py [FILE.onnx] [--random]; --random exports a network without weights.
+python onnx_any_size.py [FILE.onnx] [--random]
+
+--random exports a network without pretrained weights.
 """
 
 import sys

@@ -1,9 +1,9 @@
-"""A U-Net on an MS-SAR network, with segmentation_models.pytorch: it learns where the ink of handwritten digits is.
+"""A U-Net on an MS-SAR network, with segmentation_models.pytorch. It learns where the ink of handwritten digits is.
 
 python segmentation.py [ENCODER] [--deeplab] [--random]
 
-ENCODER is `tu-` before a network's name. A network for 32×32 images has three features, hence the depth of 2.
---deeplab takes DeepLabV3+ at output stride 16 instead, for ImageNet networks. --random starts from no weights.
+ENCODER is `tu-` and a network's name. A network for 32×32 images has three features, hence the depth of 2.
+--deeplab takes DeepLabV3+ at output stride 16, for ImageNet networks. --random starts without pretrained weights.
 """
 
 import argparse

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from trained_run import make_run
 
-from timm_msar.cli import main
+import timm_msar_command
 
 FOLDER = Path(__file__).parents[1] / 'examples'
 ENV = {**os.environ, 'OMP_NUM_THREADS': '1', 'PATH': f'{Path(sys.executable).parent}:{os.environ["PATH"]}'}
@@ -31,13 +31,9 @@ def figure(script, *words) -> float:
     return float(re.findall(r': ([\d.e+-]+)$', run(sys.executable, FOLDER / script, *words).strip())[-1])
 
 
-def test_examples_are_short():
-    assert all(len(path.read_text(encoding='utf-8').splitlines()) <= 40 for path in FOLDER.iterdir())
-
-
 @pytest.mark.parametrize(
     ('encoder', 'options'),
-    [('tu-cifar_resnet20_msar', []), ('tu-resnext50_msar', []), ('tu-resnext50_msar', ['--deeplab'])],
+    [('tu-cifar_resnet20_msar', []), pytest.param('tu-resnext50_msar', ['--deeplab'], marks=pytest.mark.slow)],
 )
 def test_segmentation_finds_the_ink(encoder, options):
     pytest.importorskip('segmentation_models_pytorch')
@@ -56,7 +52,7 @@ def test_onnx_is_right_at_every_size(tmp_path):
 
 def test_the_pipeline_of_transformers_gives_the_networks_probability(tmp_path):
     pytest.importorskip('transformers')
-    assert main(['export', str(make_run(tmp_path)), '--output', str(tmp_path / 'out')]) == 0
+    assert timm_msar_command.main(['export', str(make_run(tmp_path)), '--output', str(tmp_path / 'out')]) == 0
     image = Image.linear_gradient('L').resize((40, 40)).convert('RGB')
     image.save(tmp_path / 'image.png')
     model = timm.create_model(f'local-dir:{tmp_path / "out"}', pretrained=True).eval()
@@ -78,6 +74,5 @@ def test_finetuning_learns_digits(timm_scripts, digits_folder, tmp_path):
     best = float(re.findall(r'best accuracy: ([\d.]+) %', printed)[0])
     output = Path(re.findall(r'weights: (.+)', printed)[0])
     with open(output / 'summary.csv') as file:
-        assert best == max(float(row['eval_top1']) for row in csv.DictReader(file))
-    assert (output / 'model_best.pth.tar').is_file()
-    assert best > 40  # guessing gives 25
+        assert best == pytest.approx(max(float(row['eval_top1']) for row in csv.DictReader(file)), abs=0.005)
+    assert (output / 'model_best.pth.tar').is_file() and best > 40  # guessing gives 25

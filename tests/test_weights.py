@@ -3,6 +3,8 @@
 import math
 import re
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +12,10 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from torchvision.datasets import FashionMNIST
 
-from timm_msar.cli.model_card import card_folder
+import timm_msar
+from timm_msar.cifar_resnet import FASHION_MNIST
 
 IMAGES = Path(__file__).parent / 'fashion_mnist'
 SHIPPED = [tag for tag in timm.list_pretrained('cifar_*') if timm.get_pretrained_cfg(tag).file]
@@ -29,6 +33,7 @@ def test_the_networks_for_fashion_mnist_have_weights():
     assert SHIPPED == ['cifar_resnet20.fashion_mnist', 'cifar_resnet20_msar.fashion_mnist']
     for tag in SHIPPED:
         assert timm.models.get_pretrained_cfg(tag.partition('.')[0]).tag == 'fashion_mnist'  # the default
+    assert sorted(path.stem for path in (Path(__file__).parents[1] / 'hub_cards').iterdir()) == SHIPPED
     folder = Path(timm.get_pretrained_cfg(SHIPPED[0]).file).parent
     assert sorted(path.name for path in folder.iterdir()) == [f'{tag}.safetensors' for tag in SHIPPED]
 
@@ -37,7 +42,7 @@ def test_the_networks_for_fashion_mnist_have_weights():
 @torch.no_grad()
 def test_they_classify_real_images_as_the_card_says(tag, monkeypatch):
     monkeypatch.setattr(socket.socket, 'connect', None, raising=False)  # there is no network
-    card = (card_folder() / f'{tag}.md').read_text(encoding='utf-8')
+    card = (Path(__file__).parents[1] / 'hub_cards' / f'{tag}.md').read_text(encoding='utf-8')
     accuracy = float(re.search(rf'^\| {re.escape(tag)} \| ([\d.]+) \|', card, re.MULTILINE)[1])
     promised = int(re.search(r'(\d+) of the first 500', card)[1])
 
@@ -55,23 +60,27 @@ def test_they_classify_real_images_as_the_card_says(tag, monkeypatch):
 def test_the_gates_have_learned():
     """Trained gates differ between regions, on real images, in every block."""
     model = timm.create_model('cifar_resnet20_msar', pretrained=True).eval()
-    x = first_500(model)[:32]
-    spreads = []
-    for name, module in model.named_modules():
-        if name.endswith('.se'):
-            module.register_forward_hook(
-                lambda layer, inputs, _: spreads.append(layer.gates(inputs[0])[4].std(dim=(2, 3)).mean().item())
-            )
-    with torch.no_grad():
-        model(x)
-    assert len(spreads) == 9 and min(spreads) > 0.005
+    shares = timm_msar.asymmetry(model, first_500(model)[:32])
+    assert len(shares) == 9 and min(shares.values()) > 0.05
 
 
-def test_they_adapt_to_other_classes_and_channels_as_in_timm():
-    model = timm.create_model('cifar_resnet20_msar.fashion_mnist', pretrained=True, num_classes=3, in_chans=1)
-    whole = timm.create_model('cifar_resnet20_msar.fashion_mnist', pretrained=True)
-    assert torch.equal(model.stem.conv.weight, whole.stem.conv.weight.sum(1, keepdim=True))
-    grey = torch.randn(2, 1, 32, 32)
-    features, expected = (m.eval().forward_features(x) for m, x in ((model, grey), (whole, grey.expand(-1, 3, -1, -1))))
-    torch.testing.assert_close(features, expected, rtol=1e-4, atol=1e-4)
-    assert model(grey).shape == (2, 3)
+def test_the_names_of_the_classes_belong_to_these_weights_alone():
+    def names(**kwargs):
+        return timm.create_model('cifar_resnet20_msar', **kwargs).pretrained_cfg.get('label_names')
+
+    assert list(FASHION_MNIST) == FashionMNIST.classes
+    assert names(pretrained=True) == names(pretrained=True, num_classes=10) == FASHION_MNIST
+    assert names() is names(num_classes=10) is names(pretrained=True, num_classes=5) is None
+
+
+@pytest.mark.slow
+def test_timms_own_script_prints_them(timm_scripts, tmp_path):
+    (tmp_path / 'images').mkdir()
+    sheet = Image.open(IMAGES / 'first_500_test_images.png')
+    for i in range(4):
+        sheet.crop((28 * i, 0, 28 * i + 28, 28)).save(tmp_path / 'images' / f'{i}.png')
+    command = [sys.executable, '-m', 'timm_msar.run', str(timm_scripts / 'inference.py'), '--data-dir', 'images']
+    command += ['--model', 'cifar_resnet20_msar', '--pretrained', '--label-type', 'name', '--results-file', 'out']
+    command += ['--device', 'cpu', '-j', '0']
+    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, timeout=300)
+    assert 'Ankle boot' in (tmp_path / 'out.csv').read_text()

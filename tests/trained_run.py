@@ -3,6 +3,7 @@
 import argparse
 import copy
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
@@ -15,16 +16,9 @@ CLASSES = ('ankle_boot', 'bag', 'coat')
 
 
 def make_run(folder: Path, model: str = 'cifar_resnet20_msar', ema: bool = False, **changed) -> Path:
-    """Train a few steps, validate, and save as train.py does.
+    """Train a few steps, validate, and save as train.py does, in the folder `run`; return the path of last.pth.tar.
 
-    Args:
-        folder: Where to make the run, a folder named `run` with last.pth.tar, args.yaml and summary.csv.
-        model: Name of the network.
-        ema: Whether to keep a moving average, which train.py then validates.
-        **changed: Further arguments of train.py, and `channels_last`.
-
-    Returns:
-        Path of last.pth.tar, of the second epoch.
+    `ema` keeps a moving average; `changed` are further arguments of train.py, and `channels_last`.
     """
     run, data = folder / 'run', folder / 'data'
     run.mkdir(parents=True)
@@ -74,18 +68,20 @@ def make_run(folder: Path, model: str = 'cifar_resnet20_msar', ema: bool = False
     return run / 'last.pth.tar'
 
 
-def weights(path: Path, key: str = 'state_dict') -> dict[str, torch.Tensor]:
-    """Weights of a checkpoint, read without the code under test."""
+def saved(path: Path) -> dict[str, Any]:
+    """Read a checkpoint without the code under test."""
     with torch.serialization.safe_globals([argparse.Namespace]):
-        return torch.load(path, weights_only=True)[key]
+        return torch.load(path, weights_only=True)
+
+
+def weights(path: Path, key: str = 'state_dict') -> dict[str, torch.Tensor]:
+    """Weights of a checkpoint."""
+    return saved(path)[key]
 
 
 def resave(path: Path, **changed) -> None:
     """Replace entries of a checkpoint; None removes one."""
-    with torch.serialization.safe_globals([argparse.Namespace]):
-        checkpoint = torch.load(path, weights_only=True)
-    checkpoint.update(changed)
-    torch.save({key: value for key, value in checkpoint.items() if value is not None}, path)
+    torch.save({key: value for key, value in (saved(path) | changed).items() if value is not None}, path)
 
 
 def logits(state_dict: dict[str, torch.Tensor], name: str = 'cifar_resnet20_msar', **kwargs) -> torch.Tensor:

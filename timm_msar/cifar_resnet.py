@@ -21,6 +21,11 @@ from .recalibration import MultiScaleRecalibration
 
 __all__ = ['CifarResNet']
 
+FASHION_MNIST = (
+    *('T-shirt/top', 'Trouser', 'Pullover', 'Dress', 'Coat'),
+    *('Sandal', 'Shirt', 'Sneaker', 'Bag', 'Ankle boot'),
+)
+
 
 class CifarResNet(CifarNet):
     """ResNet for 32×32 images.
@@ -86,7 +91,12 @@ def _projection(in_channels: int, out_channels: int, stride: int, **dd) -> nn.Se
 
 def _create_cifar_resnet(variant: str, pretrained: bool, **kwargs) -> CifarResNet:
     feature_cfg = {'out_indices': (0, 1, 2), 'flatten_sequential': True}
-    return build_model_with_cfg(CifarResNet, variant, pretrained, feature_cfg=feature_cfg, **kwargs)
+    model = build_model_with_cfg(CifarResNet, variant, pretrained, feature_cfg=feature_cfg, **kwargs)
+    # The names belong to the weights. A network without them, or with another classifier, may have any classes.
+    cfg = model.pretrained_cfg
+    if cfg.get('label_names') == FASHION_MNIST and not (pretrained and kwargs.get('num_classes', 10) == 10):
+        del cfg['label_names']
+    return model
 
 
 def _create_cifar_resnet_msar(
@@ -103,7 +113,8 @@ def _create_cifar_resnet_msar(
 
 def _fashion_mnist_cfg(variant: str) -> dict[str, Any]:
     """Weights that come with this package. Fashion-MNIST's images take CIFAR-10's normalisation, too: one a network."""
-    return cifar_cfg(file=str(Path(__file__).parent / 'weights' / f'{variant}.fashion_mnist.safetensors'))
+    file = Path(__file__).parent / 'weights' / f'{variant}.fashion_mnist.safetensors'
+    return cifar_cfg(file=str(file), label_names=FASHION_MNIST)
 
 
 default_cfgs = generate_default_cfgs(

@@ -5,9 +5,6 @@ optimiser, scheduler and export are timm's; the loop is what train.py does, in a
 """
 
 import argparse
-import os
-import random
-import time
 from pathlib import Path
 from typing import Any
 
@@ -16,22 +13,20 @@ import timm
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from safetensors import SafetensorError
 from timm.data import create_loader
 from timm.models import save_for_hf
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
-from torch import Tensor
+from timm.utils import random_seed
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from .errors import CommandError, one_sentence
-from .gate_pictures import contact_sheet, look
-from .gate_pictures import save as save_picture
-from .whole_number import whole_number
-from .written_aside import written_aside
+from .errors import positive
+from .files import whole
+from .gates import draw, look
+from .photo import Network
 
-# Of the loader and of the saved network, so that who loads it prepares images as they were here.
+# Of the loader and of the saved network, so that whoever loads it prepares images as they were here.
 DATA_CONFIG: dict[str, Any] = {
     'input_size': (3, 32, 32),
     'mean': (0.305, 0.305, 0.305),
@@ -39,6 +34,7 @@ DATA_CONFIG: dict[str, Any] = {
     'crop_pct': 1.0,
     'interpolation': 'bilinear',
 }
+DIGITS = tuple('0123456789')
 
 
 class Digits(Dataset):
@@ -52,128 +48,66 @@ class Digits(Dataset):
         pixels = (digits.images[chosen] * (255 / 16)).astype(np.uint8)
         self.images = [Image.fromarray(p).convert('RGB').resize((32, 32), Image.Resampling.BILINEAR) for p in pixels]
         self.targets = digits.target[chosen].tolist()
-        self.transform = None
+        self.transform: Any = None  # the loader sets it
 
     def __len__(self) -> int:
         return len(self.targets)
 
     def __getitem__(self, index: int):
-        image = self.images[index]
-        return self.transform(image) if self.transform else image, self.targets[index]
-
-
-WRITTEN = {'gates.png', 'weights', 'weights/config.json', 'weights/model.safetensors'}
+        return self.transform(self.images[index]), self.targets[index]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of `timm-msar demo`."""
-    parser.add_argument('--output', type=Path, default=Path('demo'), help='folder to write to (default: %(default)s)')
-    parser.add_argument(
-        '--epochs', type=whole_number(1), default=8, help='passes over the images (default: %(default)s)'
-    )
-    # NumPy takes no other seed.
-    parser.add_argument(
-        '--seed', type=whole_number(0, 2**32 - 1), default=0, help='seed of everything random (default: %(default)s)'
-    )
+    """Add the arguments of `timm-msar demo`."""
+    parser.add_argument('--output', type=Path, default=Path('demo'), help='folder to make (default: %(default)s)')
+    parser.add_argument('--epochs', type=positive, default=8, help='passes over the images (%(default)s)')
 
 
 def main(args: argparse.Namespace) -> None:
     """Run the demo and say where everything is."""
-    try:
-        import matplotlib  # noqa: F401
-        import sklearn  # noqa: F401
-    except ImportError as error:
-        raise CommandError(f'{error.name} is missing: run pip install "timm-msar[demo]".') from error
-    random.seed(args.seed)
-    np.random.seed(args.seed)
-    torch.manual_seed(args.seed)
-    start, output = time.monotonic(), args.output
-    with one_sentence(f'cannot write {output}', SafetensorError, advice='nothing was kept'):
-        there = {path.relative_to(output).as_posix() for path in output.rglob('*')} if output.is_dir() else {''}
-        if os.path.lexists(output) and not there <= WRITTEN:
-            raise CommandError(f'{output} is not an earlier demo; give the name of a new folder with --output')
-        with written_aside(output) as aside:
-            aside.mkdir()
-            model, accuracy = train(args.epochs)
-            save(model, aside / 'weights')
-            loaded = timm.create_model(f'local-dir:{aside / "weights"}', pretrained=True).eval()
-            images = torch.cat([x for x, _ in loader(Digits(held_out=True), is_training=False)])
-            with torch.inference_mode():
-                difference = (loaded(images) - model(images)).abs().max().item()
-            if difference:
-                raise RuntimeError(f'the logits of the weights loaded back differ by {difference}')
-            draw(loaded, images, aside / 'gates.png')
-
-    print(f'\nheld-out accuracy   {accuracy:.2f} % after {args.epochs} epochs, {time.monotonic() - start:.0f} s')
-    print(f'weights             {output / "weights"} (loaded back: the same logits)')
-    print(f'gates               {output / "gates.png"}')
-    print(f"use them            timm.create_model('local-dir:{output / 'weights'}', pretrained=True)")
-    print('                    after import timm, timm_msar')
-
-
-def save(model: torch.nn.Module, folder: Path) -> None:
-    """Write weights and config, with what timm's transform needs to know about the images."""
-    model_config = {'pretrained_cfg': {'tag': 'digits'}, 'label_names': [str(i) for i in range(10)]}
-    save_for_hf(model, str(folder), model_config=model_config, safe_serialization=True, data_config=DATA_CONFIG)
+    random_seed(0)
+    with whole(args.output, folder=True) as aside:
+        model, test = train(args.epochs), Digits(held_out=True)
+        config = {'pretrained_cfg': {'tag': 'digits'}, 'label_names': DIGITS}
+        save_for_hf(model, aside / 'weights', config, safe_serialization=True, data_config=DATA_CONFIG)
+        loaded = timm.create_model(f'local-dir:{aside / "weights"}', pretrained=True).eval()
+        images = torch.cat([x for x, _ in loader(test, is_training=False)])
+        with torch.inference_mode():
+            logits = loaded(images)
+            if not torch.equal(logits, model(images)):
+                raise RuntimeError('the weights loaded back give other logits')
+        accuracy = 100 * np.mean(logits.argmax(1).numpy() == test.targets)
+        network = Network('', loaded, DATA_CONFIG, DIGITS)
+        looks = [look(network, image[None]) for image in images[:: len(images) // 8][:8]]
+        draw(looks, 'Test images with predictions, and gates of the last block of each stage', aside / 'gates.png')
+    print(f"""
+held-out accuracy   {accuracy:.2f} % after {args.epochs} epochs
+weights             {args.output / 'weights'} (loaded back: the same logits)
+gates               {args.output / 'gates.png'}
+use them            timm.create_model('local-dir:{args.output / 'weights'}', pretrained=True)
+                    after import timm, timm_msar""")
 
 
 def loader(dataset: Digits, is_training: bool):
-    """timm's loader, with crops moved and scaled a little in training; a digit is not mirrored."""
-    return create_loader(
-        dataset,
-        **DATA_CONFIG,
-        batch_size=64,
-        is_training=is_training,
-        scale=(0.7, 1.0),
-        ratio=(0.9, 1.1),
-        hflip=0.0,
-        color_jitter=0.0,
-        num_workers=0,
-        use_prefetcher=False,
-        device=torch.device('cpu'),
-    )
+    """Make timm's loader, which moves and scales images a little in training; a digit is not mirrored."""
+    augmentation = {'scale': (0.7, 1.0), 'ratio': (0.9, 1.1), 'hflip': 0.0, 'color_jitter': 0.0}
+    here = {'num_workers': 0, 'use_prefetcher': False, 'device': torch.device('cpu')}
+    return create_loader(dataset, **DATA_CONFIG, **augmentation, **here, batch_size=64, is_training=is_training)
 
 
-def train(epochs: int) -> tuple[torch.nn.Module, float]:
-    """Train on the digits; return the network in eval mode and its held-out accuracy in percent."""
-    model = timm.create_model('cifar_resnet20_msar', num_classes=10)
-    train_loader = loader(Digits(held_out=False), is_training=True)
-    test_loader = loader(Digits(held_out=True), is_training=False)
+def train(epochs: int) -> torch.nn.Module:
+    """Train on the digits, and return the network in evaluation mode."""
+    model, batches = timm.create_model('cifar_resnet20_msar', num_classes=10), loader(Digits(False), is_training=True)
     optimizer = create_optimizer_v2(model, opt='sgd', lr=0.1, momentum=0.9, weight_decay=1e-4)
-    scheduler, _ = create_scheduler_v2(
-        optimizer,
-        sched='cosine',
-        num_epochs=epochs,
-        updates_per_epoch=len(train_loader),
-        step_on_epochs=False,
-        warmup_epochs=0,
-        min_lr=0,
-    )
-    accuracy, step = 0.0, 0
+    by_update = {'updates_per_epoch': len(batches), 'step_on_epochs': False, 'warmup_epochs': 0, 'min_lr': 0}
+    scheduler, _ = create_scheduler_v2(optimizer, sched='cosine', num_epochs=epochs, **by_update)
     for epoch in range(epochs):
-        model.train()
-        progress = tqdm(train_loader, desc=f'epoch {epoch + 1}/{epochs}', unit='batch')
-        for images, targets in progress:
+        progress = tqdm(batches, f'epoch {epoch + 1}/{epochs}', unit=' batches', disable=None)
+        for step, (images, targets) in enumerate(progress, epoch * len(batches) + 1):
             loss = F.cross_entropy(model(images), targets)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            step += 1
             scheduler.step_update(step)
-            progress.set_postfix(loss=f'{loss.item():.3f}')
-        model.eval()
-        with torch.inference_mode():
-            correct = sum((model(images).argmax(1) == targets).sum().item() for images, targets in test_loader)
-        accuracy = 100 * correct / len(test_loader.dataset)
-        print(f'epoch {epoch + 1}/{epochs}: held-out accuracy {accuracy:.2f} %')
-    return model.eval(), accuracy
-
-
-def draw(model: torch.nn.Module, images: Tensor, path: Path, count: int = 8) -> None:
-    """Draw test images with predictions and the gates of the last layer of each stage."""
-    digits = [str(i) for i in range(10)]
-    looks = [
-        look(model, image[None], DATA_CONFIG['mean'], DATA_CONFIG['std'], digits)
-        for image in images[:: len(images) // count][:count]
-    ]
-    save_picture(contact_sheet(looks, 'Test images with predictions; gates of the last block of each stage'), path)
+        print(f'epoch {epoch + 1}/{epochs}: loss {loss.item():.3f}')
+    return model.eval()

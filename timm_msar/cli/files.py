@@ -21,22 +21,31 @@ def regular_file(path: Path) -> Path:
 
 
 @contextmanager
-def whole(path: Path) -> Iterator[Path]:
-    """Give a name to write a file or a folder under. It gets its own name, `path`, when the block ends without an error.
+def whole(path: Path, folder: bool = False) -> Iterator[Path]:
+    """Give a name to write a file or a folder under. It becomes `path` when the block ends without an error.
 
     Until then it is in a hidden folder beside `path`, which only a killed process leaves behind.
 
     Args:
-        path: The final name. A file there is replaced. A folder there must be empty.
+        path: The final name. A file there is replaced.
+        folder: Make a folder, to write into. A folder that is there must be empty.
 
     Yields:
-        A name that does not exist yet, on the same file system.
+        The name, on the same file system.
 
     Raises:
+        CommandError: There is something else under the final name. The folder one is in is not replaced either.
         OSError: It cannot be written.
     """
     path = Path(os.path.realpath(path))
+    empty = path.is_dir() and not any(path.iterdir())
+    taken = os.path.lexists(path) and not empty if folder else path.is_dir()
+    if taken or path == Path.cwd():
+        raise CommandError(f'{path} exists already; give another name')
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix='.timm-msar-', dir=path.parent, ignore_cleanup_errors=True) as aside:
-        yield Path(aside) / path.name
-        os.replace(Path(aside) / path.name, path)
+        new = Path(aside) / path.name
+        if folder:
+            new.mkdir()
+        yield new
+        os.replace(new, path)

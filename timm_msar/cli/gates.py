@@ -1,168 +1,117 @@
 """Draw where the gates of a network open over images, with what it predicts.
 
-Each picture shows the image as the network sees it, after the network's own transform, and for the last layer of each
-stage the gates averaged over channels, of all scales and of each, and those of the channels that vary most over space.
+The picture shows an image as the network sees it and, of the last layer of each stage, the gates: the channels that
+vary most over the image, the mean over channels and scales, and the mean over channels at each scale. Of several images
+it has a row for each, with two channels of each stage.
 """
 
 import argparse
-import sys
+import re
 from collections.abc import Sequence
-from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
-import timm
+import numpy as np
 import torch
-from timm.data import ImageNetInfo, create_transform, infer_imagenet_subset, is_img_extension
-from tqdm import tqdm
+from torch import Tensor
 
-from ..recalibration import MultiScaleRecalibration
-from .checkpoint import load_network
-from .data_config import data_config
-from .errors import CommandError, first_line, one_sentence
-from .export import compare_checksum
-from .gate_pictures import Look, contact_sheet, look, picture, save
-from .photo import MODES, read_photo
-from .training_data import training_data
-from .written_aside import written_aside
+from ..gate_maps import gates
+from . import photo
+from .errors import CommandError
+from .files import whole
 
-ON_SHEET = 32  # images, so that it can be looked at
-SHEET = 'contact_sheet.png'
+MOST = 32  # images in a picture that one can look at
+
+
+class Look(NamedTuple):
+    """What a network sees, what it predicts, and its gates: titles and (height, width) arrays by the layer's name."""
+
+    image: np.ndarray  # (H, W) or (H, W, 3), from 0 to 1
+    prediction: str
+    maps: dict[str, list[tuple[str, np.ndarray]]]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `timm-msar gates`."""
-    parser.add_argument('images', metavar='IMAGE', nargs='+', type=Path, help='image, or folder with images in it')
-    parser.add_argument('--model', metavar='NAME', required=True, help='name in timm, local-dir:FOLDER or hf-hub:ID')
-    parser.add_argument(
-        '--checkpoint',
-        metavar='FILE',
-        type=Path,
-        help="checkpoint of train.py, or safetensors file (default: the network's pretrained weights)",
-    )
-    parser.add_argument(
-        '--output',
-        metavar='PATH',
-        type=Path,
-        default=Path('gates'),
-        help=f'folder to make, with a picture of each image and {SHEET}, or PNG file for one image '
-        '(default: %(default)s)',
-    )
+    photo.add_arguments(parser)
+    default = Path('gates.png')
+    parser.add_argument('--output', metavar='PNG', type=Path, default=default, help='picture to write (%(default)s)')
 
 
 def main(args: argparse.Namespace) -> None:
-    """Draw every image that can be read; say which cannot.
+    """Draw every image that can be read.
 
     Raises:
-        CommandError: The network cannot be loaded or has no gates, the output cannot be written, or an image cannot be
-            read; the other images are drawn then.
+        CommandError: The output is not the name of a picture, or there are too many images, or some cannot be read.
     """
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise CommandError('drawing needs matplotlib: pip install "timm-msar[demo]"') from error
-    output, files = args.output, _files(args.images)
-    one = output.suffix.lower() == '.png'
-    with one_sentence(f'cannot write {output}'):
-        if one and len(files) > 1:
-            raise CommandError(f'--output {output} is for one image, and there are {len(files)}; give a folder')
-        if one and output.exists() and (not output.is_file() or output.samefile(files[0])):
-            raise CommandError(f'--output {output} is there already and no picture of this command; give another name')
-        if not one and output.exists() and not (output.is_dir() and not any(output.iterdir())):
-            raise CommandError(f'{output} exists already; delete it or give another --output')
-    model, config, classes = _load(args.model, args.checkpoint)
-    transform = create_transform(**config, is_training=False)
-    looks: list[Look] = []
-    drawn: list[str] = []
-    failed = closed = 0
-    with one_sentence(f'cannot write {output}'), written_aside(output) as aside:
-        if not one:
-            aside.mkdir()
-        for path in tqdm(files, unit='image', disable=len(files) == 1 or None, leave=False):
-            try:
-                x = transform(read_photo(path, config['input_size'][0]))[None]
-            except CommandError as error:
-                if len(files) == 1:
-                    raise
-                tqdm.write(f'timm-msar gates: error: {error}', file=sys.stderr)
-                failed += 1
-                continue
-            seen = look(model, x, config['mean'], config['std'], classes, path.name)
-            warm = all((z == 0.5).all() for maps in seen.maps.values() for _, z in maps)
-            closed += warm
-            title = f'{seen.name}, {args.model}' + (': all gates are 0.5, as before training' if warm else '')
-            target = aside if one else _free(aside / f'{path.stem}.png')
-            save(picture(seen, title), target)
-            drawn.append(f'{path}: {seen.prediction} → {output if one else output / target.name}')
-            if len(looks) < ON_SHEET:
-                looks.append(seen)
-        if not one and looks:
-            save(contact_sheet(looks, args.model), aside / SHEET)
-        if failed == len(files):
-            raise CommandError(f'none of the {failed} images can be read; nothing was written')
-    print('\n'.join(drawn))  # now that the files are there
-    if closed:
-        print('all gates are 0.5: a warm start, whose gates are not trained yet')
-    if not one:
-        print(f'{output / SHEET} has {"the first " if len(files) - failed > len(looks) else ""}{len(looks)} images')
-    if failed:
-        raise CommandError(f'{failed} of {len(files)} images cannot be read; the others are drawn')
+    output, files = args.output, photo.image_files(args.images)
+    if output.suffix.lower() != '.png' or output.resolve() in [path.resolve() for path in files]:
+        raise CommandError(f'--output must end in .png and be none of the images, not {output}')
+    if len(files) > MOST:
+        raise CommandError(f'{len(files)} images are too many for one picture; give at most {MOST}')
+    network = photo.load(args.model, args.checkpoint)
+    looks = {path: look(network, x) for path, x in photo.prepared(files, network)}
+    if looks:
+        with whole(output) as aside:
+            draw(list(looks.values()), f'{", ".join(path.name for path in looks)}: {network.name}', aside)
+        for path, seen in looks.items():  # now that the picture is there
+            print(photo.printable(f'{path}: {seen.prediction}'))
+        print(photo.printable(f'drawn in {output}'))
+    if len(looks) < len(files):
+        raise CommandError(f'{len(files) - len(looks)} of {len(files)} images cannot be read')
 
 
-def _files(paths: Sequence[Path]) -> list[Path]:
-    """The files, and in place of a folder the images below it; each once."""
-    files: list[Path] = []
-    for path in paths:
-        with one_sentence(f'cannot read {path}'):
-            if path.is_dir():
-                found = sorted(p for p in path.rglob('*') if is_img_extension(p.suffix.lower()) and p.is_file())
-                if not found:
-                    raise CommandError(f'there is no image in the folder {path}')
-                files += found
-            else:
-                files.append(path)
-    return list(dict.fromkeys(files))
+@torch.no_grad()
+def look(network: photo.Network, x: Tensor) -> Look:
+    """Look at one prepared image, (1, C, H, W)."""
+    prediction = ''
+    if network.model.num_classes:
+        probability, index = network.model(x).softmax(1).max(1)
+        prediction = f'{network.classes[index]} ({probability.item():.0%})'
+    layers = gates(network.model, x, per_scale=True)
+    # A layer is named stages.0.2.se or layer1.2.se: its stage is what stands up to the first number.
+    last = {re.match(r'\D*\d*', layer)[0]: layer for layer in layers}  # type: ignore[index]
+    maps = {}
+    for layer in last.values():
+        scales = {k: z[0].float() for k, z in layers[layer].items()}
+        z = torch.stack(list(scales.values())).mean(0)
+        channels = z.flatten(1).var(1, correction=0).topk(min(3, len(z))).indices.tolist()
+        maps[layer] = [(f'channel {c}', z[c].numpy()) for c in channels]
+        maps[layer] += [('mean of channels', z.mean(0).numpy())]
+        maps[layer] += [(f'mean, K = {k}', z_k.mean(0).numpy()) for k, z_k in scales.items()]
+    mean, std = (torch.tensor(network.config[key][:3]).view(-1, 1, 1) for key in ('mean', 'std'))
+    pixels = (x[0, :3] * std + mean).clamp(0, 1).permute(1, 2, 0).squeeze(2)
+    return Look(pixels.numpy(), prediction, maps)
 
 
-def _free(path: Path) -> Path:
-    """The name, or with a number where another image has it."""
-    names = (path.with_stem(f'{path.stem}-{i}' if i > 1 else path.stem) for i in count(1))
-    return next(name for name in names if not name.exists() and name.name != SHEET)
+def draw(looks: Sequence[Look], title: str, path: Path) -> None:
+    """Write a PNG file: one image with a row for each stage, or a row for each image.
 
+    The colours of all gates are on one scale. It reaches from 0.5 to both sides as far as they do.
+    """
+    from matplotlib.figure import Figure
 
-def _load(name: str, checkpoint: Path | None) -> tuple[Any, dict[str, Any], Sequence[str]]:
-    """The network in evaluation mode, how images are prepared for it, and its classes' names where they are known."""
-    train_args: dict[str, Any] = {}
-    try:
-        if checkpoint:
-            model, train_args = load_network(checkpoint, name)
-        else:
-            if ':' not in name and timm.is_model(name.partition('.')[0]):
-                cfg = timm.get_pretrained_cfg(name)
-                if cfg is None or not cfg.has_weights:
-                    raise CommandError(f'{name} has no pretrained weights; give its own with --checkpoint')
-                _refuse_without_gates(timm.create_model(name), name)  # before a download
-            if name.startswith('local-dir:'):
-                compare_checksum(Path(name.removeprefix('local-dir:')))
-            model = timm.create_model(name, pretrained=True).eval()
-        config = data_config(train_args, model)
-    except CommandError:
-        raise
-    except Exception as error:  # timm and the Hub have no common class for a network that cannot be had
-        raise CommandError(f'{name} cannot be loaded: {first_line(error)}') from error
-    _refuse_without_gates(model, name)
-    if config['input_size'][0] not in MODES:
-        raise CommandError(f'{name} takes images of {config["input_size"][0]} channels, which no picture file has')
-    if checkpoint:
-        return model, config, training_data(train_args, model.num_classes).classes
-    classes = model.pretrained_cfg.get('label_names') or ()
-    subset = infer_imagenet_subset(model)
-    if not classes and subset:
-        info = ImageNetInfo(subset)
-        classes = [info.index_to_description(i) for i in range(info.num_classes())]
-    return model, config, classes
-
-
-def _refuse_without_gates(model: torch.nn.Module, name: str) -> None:
-    if not any(isinstance(module, MultiScaleRecalibration) for module in model.modules()):
-        raise CommandError(f'{name} has no MS-SAR layer, so it has no gates to draw')
+    if len(looks) > 1:
+        rows = [
+            (seen, '', [(f'{layer}\n{name}', z) for layer, maps in seen.maps.items() for name, z in maps[:2]])
+            for seen in looks
+        ]
+    else:
+        rows = [(seen, layer, maps) for seen in looks for layer, maps in seen.maps.items()]
+    reach = max(0.001, *(abs(z - 0.5).max() for _, _, maps in rows for _, z in maps))
+    columns = 1 + max(len(maps) for _, _, maps in rows)
+    figure = Figure(figsize=(1.6 * columns + 1.2, 1.85 * len(rows) + 0.8), layout='constrained')
+    axes = figure.subplots(len(rows), columns, squeeze=False)
+    for (seen, layer, maps), (first, *others) in zip(rows, axes):
+        first.imshow(seen.image, cmap='gray', vmin=0, vmax=1)
+        first.set_title(f'{seen.prediction}\n{layer}', fontsize=8, wrap=True, parse_math=False)
+        for axis, (map_title, z) in zip(others, maps):
+            colors = axis.imshow(z, cmap='RdBu_r', vmin=0.5 - reach, vmax=0.5 + reach, interpolation='nearest')
+            axis.set_title(map_title, fontsize=8)
+            axis.set_xlabel(f'{z.min():.2f} to {z.max():.2f}', fontsize=7, labelpad=2)
+    for axis in axes.flat:
+        axis.set(xticks=[], yticks=[])
+    figure.colorbar(colors, ax=axes, aspect=40, label='gate: 0 closed, 1 open')
+    how_chosen = 'Shown are the channels whose gates vary most over the image.'
+    figure.suptitle(f'{photo.printable(title)[:150]}\n{how_chosen}', fontsize=9, parse_math=False)
+    figure.savefig(path, format='png', dpi=100)

@@ -1,51 +1,112 @@
-"""Read an image file of any kind as a person sees it: turned by its EXIF tag, over white, from 8 or 16 bits."""
+"""What `predict` and `gates` are given: photos, and a network that looks at them."""
 
-import warnings
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
-import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+import timm
+from PIL import Image, ImageOps
+from timm.data import ImageNetInfo, create_transform, infer_imagenet_subset, is_img_extension
+from torch import Tensor
+from tqdm import tqdm
 
-from .errors import CommandError, first_line
+from .card_data import training_data
+from .errors import CommandError
+from .export import compare_checksum
+from .files import regular_file
+from .trained_run import MODES, data_config, load_trained
 
-MODES = {1: 'L', 3: 'RGB', 4: 'RGBA'}
-MAX_ASPECT = 100  # what is longer becomes millions of pixels long when its short side is resized to 224
+
+class Network(NamedTuple):
+    """A network in evaluation mode, how images are prepared for it, and the names of its classes, or numbers."""
+
+    name: str
+    model: Any  # timm's networks have attributes that nn.Module does not declare
+    config: dict[str, Any]
+    classes: Sequence[str]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments that choose the images and the network."""
+    parser.add_argument('images', metavar='IMAGE', nargs='+', type=Path, help='image, or folder with images in it')
+    network = parser.add_mutually_exclusive_group(required=True)
+    name = 'network with pretrained weights: its name in timm, local-dir:FOLDER or hf-hub:ID'
+    network.add_argument('--model', metavar='NAME', help=name)
+    network.add_argument('--checkpoint', metavar='FILE', type=Path, help='checkpoint of train.py')
+
+
+def load(name: str, checkpoint: Path | None) -> Network:
+    """Load a network with its pretrained weights, or a checkpoint of train.py instead.
+
+    Raises:
+        CommandError: The checkpoint or the exported folder is damaged.
+    """
+    classes: Sequence[str]
+    if checkpoint:
+        model, train_args, _ = load_trained(checkpoint)
+        name, classes = train_args['model'], training_data(train_args, model.num_classes).classes
+    else:
+        if name.startswith('local-dir:'):
+            compare_checksum(Path(name.removeprefix('local-dir:')))
+        model, train_args = timm.create_model(name, pretrained=True).eval(), {}
+        classes = model.pretrained_cfg.get('label_names') or ()
+        if not classes and (subset := infer_imagenet_subset(model)):
+            info = ImageNetInfo(subset)
+            classes = [info.index_to_description(i) for i in range(info.num_classes())]
+    if len(classes) != model.num_classes:
+        classes = [f'class {i}' for i in range(model.num_classes)]
+    return Network(name, model, data_config(train_args, model), classes)
+
+
+def image_files(paths: Sequence[Path]) -> list[Path]:
+    """The files, and in place of a folder the images below it; each once.
+
+    Raises:
+        CommandError: There is no image in a folder.
+    """
+    files: dict[Path, None] = {}
+    for path in paths:
+        found = [p for p in path.rglob('*') if is_img_extension(p.suffix.lower())] if path.is_dir() else [path]
+        if not found:
+            raise CommandError(f'there is no image in the folder {path}')
+        files |= dict.fromkeys(sorted(found))
+    return list(files)
+
+
+def prepared(files: Sequence[Path], network: Network) -> Iterator[tuple[Path, Tensor]]:
+    """Prepare each image as the network takes it, (1, C, H, W). Print which cannot be read, and go on."""
+    transform = create_transform(**network.config, is_training=False)
+    for path in tqdm(files, unit='image', disable=len(files) == 1 or None, leave=False):
+        try:
+            x = transform(read_photo(path, network.config['input_size'][0]))[None]
+        except Exception as error:  # Pillow has no common class for what is wrong in a broken file
+            tqdm.write(printable(f'{path} cannot be read: {error}'), file=sys.stderr)
+        else:
+            yield path, x
 
 
 def read_photo(path: Path, channels: int) -> Image.Image:
-    """Read an image, the first one of an animation.
+    """Read an image as a person sees it: turned by its EXIF tag, over white, and the first of several.
 
     Args:
         path: The file.
         channels: 1 for grey, 3 for RGB, 4 for RGBA.
 
     Raises:
-        CommandError: The file is missing or broken, is no image, or is one that cannot be used.
+        CommandError: There is no such file, or its values have more than 8 bits.
+        Exception: One of Pillow's: it is broken, or no image.
     """
-    try:
-        if not path.is_file():
-            raise CommandError('it is not a file' if path.exists() else 'there is no such file')
-        with warnings.catch_warnings():
-            warnings.simplefilter('ignore', Image.DecompressionBombWarning)  # a photo of 100 megapixels is none
-            with Image.open(path) as image:
-                if max(image.size) > MAX_ASPECT * min(image.size):
-                    raise CommandError(f'with {image.width}×{image.height} pixels it is too narrow to crop')
-                return _eight_bits(ImageOps.exif_transpose(image), channels)
-    except UnidentifiedImageError as error:
-        raise CommandError(f'cannot read {path}: it is not an image') from error
-    except Exception as error:  # Pillow has no common class for what is wrong in a broken file
-        raise CommandError(f'cannot read {path}: {first_line(error)}') from error
-
-
-def _eight_bits(image: Image.Image, channels: int) -> Image.Image:
-    if image.mode.startswith('I'):  # convert() would make white of everything above 255
-        pixels = np.asarray(image)
-        if pixels.min() < 0 or pixels.max() > 65535:
-            raise CommandError('it has 32 bits a pixel; save it with 8 or 16')
-        image = Image.fromarray((pixels >> 8).astype(np.uint8))
-    if image.mode == 'F':
-        raise CommandError('its pixels are floating-point numbers; save it with 8 or 16 bits')
+    image = ImageOps.exif_transpose(Image.open(regular_file(path)))
+    if image.mode[0] in 'IF':  # convert() would make white of everything above 255
+        raise CommandError('its values have more than 8 bits')
     if channels != 4 and ('A' in image.getbands() or 'transparency' in image.info):  # hidden pixels have any colour
         image = image.convert('RGBA')
         image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image)
     return image.convert(MODES[channels])
+
+
+def printable(text: str) -> str:
+    """Escape what cannot be printed, such as line breaks and bytes that are no UTF-8 in the name of a file."""
+    return ''.join(c if c.isprintable() else repr(c)[1:-1] for c in text)

@@ -1,0 +1,54 @@
+"""The README's example prints what stands below it, and every command of the pages is understood."""
+
+import argparse
+import importlib
+import re
+import runpy
+import shlex
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / 'README.md').read_text(encoding='utf-8')
+PAGES = [ROOT / 'README.md', *sorted((ROOT / 'docs').glob('*.md')), ROOT / 'train_configs' / 'README.md']
+
+
+def commands(start):
+    """The lines in blocks of code that start so, as words."""
+    blocks = re.findall(r'```bash\n(.*?)```', ''.join(page.read_text(encoding='utf-8') for page in PAGES), re.S)
+    lines = ''.join(blocks).replace('\\\n', ' ').splitlines()
+    return [shlex.split(line, comments=True) for line in lines if re.match(start, line) and 'OPTIONS' not in line]
+
+
+def test_the_example_prints_what_the_readme_shows(monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    code, printed = re.search(r'```python\n(.*?)```\n```\n(.*?)```', README, re.S).groups()
+    exec(code, {})
+    assert capsys.readouterr().out == printed
+
+
+def test_commands_are_understood():
+    found = commands('timm-msar ')
+    assert len(found) >= 12
+    for _, name, *words in found:
+        parser = argparse.ArgumentParser(exit_on_error=False)
+        importlib.import_module(f'timm_msar.cli.{name}').add_arguments(parser)
+        parser.parse_args(words)
+
+
+def test_trainings_are_understood(timm_scripts):
+    parser = runpy.run_path(str(timm_scripts / 'train.py'))['parser']
+    found = [words[words.index('train.py') + 1 :] for words in commands('python train.py |torchrun ')]
+    assert len(found) >= 15
+    for option, config, *words in found:
+        recipe = yaml.safe_load((ROOT / config).read_text(encoding='utf-8'))
+        assert option == '--config' and set(recipe) <= {action.dest for action in parser._actions}
+        parser.parse_args(words)
+
+
+@pytest.mark.parametrize('page', PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page):
+    for target in re.findall(r'\]\((?!https?:)([^)#]+)', page.read_text(encoding='utf-8')):
+        assert (page.parent / target).exists(), target

@@ -1,0 +1,38 @@
+"""Print the five most probable classes of images, by name where the names are known.
+
+They are the names of the data set of a checkpoint, or those in an exported folder or in a network's config.
+"""
+
+import argparse
+
+import torch
+
+from . import photo
+from .errors import CommandError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `timm-msar predict`."""
+    photo.add_arguments(parser)
+
+
+@torch.no_grad()
+def main(args: argparse.Namespace) -> None:
+    """Predict every image that can be read.
+
+    Raises:
+        CommandError: The network has no classifier, or images cannot be read.
+    """
+    files = photo.image_files(args.images)
+    network = photo.load(args.model, args.checkpoint)
+    if not network.model.num_classes:
+        raise CommandError(f'{network.name} has no classifier, so it predicts nothing')
+    read = 0
+    for read, (path, x) in enumerate(photo.prepared(files, network), 1):  # noqa: B007
+        print(photo.printable(str(path)))
+        probabilities = network.model(x).softmax(1)[0]
+        best = probabilities.topk(min(5, len(probabilities)))
+        for probability, index in zip(best.values.tolist(), best.indices.tolist()):
+            print(f'  {probability:6.1%}  {network.classes[index]}')
+    if read < len(files):
+        raise CommandError(f'{len(files) - read} of {len(files)} images cannot be read')
