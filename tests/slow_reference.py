@@ -35,8 +35,7 @@ def coordinate_sets(height, width, scale, strategy):
 
 
 def batch_norm(vectors, bn, channels, training):
-    """Batch norm of vectors (N, C), the `channels` of a norm, with the statistics of the batch or, in evaluation, running
-    ones."""
+    """Batch norm of vectors (N, C), the `channels` of a norm. In evaluation it has running statistics."""
     if training:
         mean, var = vectors.mean(0), vectors.var(0, unbiased=False)
     else:
