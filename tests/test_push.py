@@ -100,7 +100,8 @@ def test_the_circle(hub, push, checkpoint, tmp_path):
     revisions = {name: first, f'{name}@seed7': other, f'{name}@refs/pr/1': other, 'me/hidden': first}
     for revision, expected in revisions.items():
         values, tag, labels = push(f'hf-hub:{revision}')
-        assert torch.equal(torch.tensor(values), expected) and labels == ['ankle_boot', 'bag', 'coat']
+        torch.testing.assert_close(torch.tensor(values), expected)  # another process may have more threads
+        assert labels == ['ankle_boot', 'bag', 'coat']
         assert tag == ('run' if revision == 'me/hidden' else 'boots')
 
 

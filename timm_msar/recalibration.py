@@ -75,7 +75,7 @@ class MultiScaleRecalibration(nn.Module):
     def gates(self, x: Tensor, source: Tensor | None = None) -> dict[int, Tensor]:
         """z_K at every position for each scale K, of the shape of x, from what `forward` takes. Their mean is Z."""
         y = means(x if source is None else source, self.scales, self.strategy)
-        z = self.gate(y).unflatten(1, (len(self.scales), self.channels))
+        z = self.gate(y).unflatten(1, (len(self.scales), -1))
         maps = [spread(z_k, x, self.strategy) for z_k in z.unbind(1)]
         return {k: m.expand_as(x.unflatten(2, (m.shape[2], -1))).flatten(2, 3) for k, m in zip(self.scales, maps)}
 
@@ -87,6 +87,6 @@ class MultiScaleRecalibration(nn.Module):
             source: The tensor that the gates are computed from, (B, source_channels, H, W); by default x itself.
         """
         y = means(x if source is None else source, self.scales, self.strategy)
-        z = self.gate(y).unflatten(1, (len(self.scales), self.channels)).mean(1)
+        z = self.gate(y).unflatten(1, (len(self.scales), -1)).mean(1)
         gates = spread(z, x, self.strategy)
         return join(x.unflatten(2, (gates.shape[2], -1)) * gates)

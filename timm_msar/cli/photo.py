@@ -41,7 +41,7 @@ def load(name: str, checkpoint: Path | None) -> Network:
     """Load a network with its pretrained weights, or a checkpoint of train.py instead.
 
     Raises:
-        CommandError: The checkpoint or the exported folder is damaged.
+        CommandError: The checkpoint or the exported folder is damaged, or the network cannot be had.
     """
     classes: Sequence[str]
     if checkpoint:
@@ -50,7 +50,10 @@ def load(name: str, checkpoint: Path | None) -> Network:
     else:
         if name.startswith('local-dir:'):
             compare_checksum(Path(name.removeprefix('local-dir:')))
-        model, train_args = timm.create_model(name, pretrained=True).eval(), {}
+        try:
+            model, train_args = timm.create_model(name, pretrained=True).eval(), {}
+        except Exception as error:  # timm and the Hub have no common class for a network that cannot be had
+            raise CommandError(f'{name}: {error}; without the Hub, --checkpoint FILE takes weights of yours') from error
         classes = model.pretrained_cfg.get('label_names') or ()
         if not classes and (subset := infer_imagenet_subset(model)):
             info = ImageNetInfo(subset)
@@ -96,7 +99,6 @@ def read_photo(path: Path, channels: int) -> Image.Image:
 
     Raises:
         CommandError: There is no such file, or its values have more than 8 bits.
-        Exception: One of Pillow's: it is broken, or no image.
     """
     image = ImageOps.exif_transpose(Image.open(regular_file(path)))
     if image.mode[0] in 'IF':  # convert() would make white of everything above 255

@@ -18,11 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 @torch.no_grad()
 def main(args: argparse.Namespace) -> None:
-    """Predict every image that can be read.
-
-    Raises:
-        CommandError: The network has no classifier, or images cannot be read.
-    """
+    """Predict every image that can be read."""
     files = photo.image_files(args.images)
     network = photo.load(args.model, args.checkpoint)
     if not network.model.num_classes:
