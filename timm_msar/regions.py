@@ -29,13 +29,13 @@ def means(x: Tensor, scales: list[int], strategy: str) -> Tensor:
         y: list[Tensor] = []
         for k in scales:
             rows, cols = _windows(height, height * width, k, maps), _windows(width, height * width, k, maps)
-            y.append((rows @ maps @ cols.mT).view(x.shape))
+            y.append((rows @ maps @ cols.transpose(1, 2)).view(x.shape))
         return torch.cat(y, 1).to(x.dtype)
     (n_rows, row_scales), (n_cols, col_scales) = _cells(height, scales), _cells(width, scales)
     if _are_blocks(x, n_rows, n_cols):
         x = F.avg_pool2d(x, [height // n_rows, width // n_cols]) if n_rows * n_cols > 1 else x.mean((2, 3), True)
     mean = _matrix(x, n_rows, n_cols, row_scales, col_scales, True)
-    means_of_cells = mean @ x.flatten(2).mT  # (B, rows · cols · L, C)
+    means_of_cells = mean @ x.flatten(2).transpose(1, 2)  # (B, rows · cols · L, C)
     return means_of_cells.view(batch, n_rows, n_cols, len(scales) * channels).permute(0, 3, 1, 2)  # channels_last
 
 
@@ -54,7 +54,7 @@ def spread(z: Tensor, x: Tensor, strategy: str) -> Tensor:
         z = z.unsqueeze(4).expand(-1, -1, -1, -1, width // n_cols)
         return z.reshape(z.shape[0], z.shape[1], n_rows, 1, width)
     cell, z = _matrix(x, n_rows, n_cols, [n_rows], [n_cols], False), z.flatten(2)
-    z = (cell.mT @ z.mT).mT if channels_last else z @ cell
+    z = (cell.transpose(1, 2) @ z.transpose(1, 2)).transpose(1, 2) if channels_last else z @ cell
     return z.view(z.shape[0], z.shape[1], 1, height, width)
 
 
