@@ -23,7 +23,7 @@ def means(x: Tensor, scales: list[int], strategy: str) -> Tensor:
     """
     if x.dim() != 4:
         raise ValueError(f'MS-SAR takes a map (B, C, H, W), not a tensor of {x.dim()} dimensions.')
-    batch, channels, height, width = x.shape
+    height, width = x.shape[2], x.shape[3]
     if strategy == 'sliding' and not (isinstance(height, int) and height * width == 0):  # no window on an empty map
         maps = x.flatten(0, 1).to(torch.promote_types(x.dtype, torch.float32))
         y: list[Tensor] = []
@@ -35,8 +35,8 @@ def means(x: Tensor, scales: list[int], strategy: str) -> Tensor:
     if _are_blocks(x, n_rows, n_cols):
         x = F.avg_pool2d(x, [height // n_rows, width // n_cols]) if n_rows * n_cols > 1 else x.mean((2, 3), True)
     mean = _matrix(x, n_rows, n_cols, row_scales, col_scales, True)
-    means_of_cells = mean @ x.flatten(2).transpose(1, 2)  # (B, rows · cols · L, C)
-    return means_of_cells.view(batch, n_rows, n_cols, len(scales) * channels).permute(0, 3, 1, 2)  # channels_last
+    y_of_cells = (mean @ x.flatten(2).transpose(1, 2)).unflatten(1, (n_rows, n_cols, len(scales)))  # (…, L, C)
+    return y_of_cells.flatten(3).permute(0, 3, 1, 2)  # channels_last
 
 
 def spread(z: Tensor, x: Tensor, strategy: str) -> Tensor:
