@@ -28,8 +28,8 @@ class Gate(nn.Module):
         return self.gate(self.bn2(self.fc2(self.act(self.bn1(self.fc1(y))))))
 
     def _of_one_image(self, y: Tensor) -> Tensor:
-        # In training its own statistics normalise it. The norms do not keep them, or a running variance would go to 0
-        # at scale 1, where all cells are alike. SyncBatchNorm counts the images of other processes, too.
+        # In training its own statistics normalise it. They are not kept: at scale 1 all cells are alike, and a running
+        # variance would go to 0. SyncBatchNorm counts the images of other processes, too.
         norms = [n for n in (self.bn1, self.bn2) if self.training and getattr(n, 'track_running_stats', False)]
         if isinstance(self.bn1, nn.SyncBatchNorm) and torch.distributed.is_initialized():
             norms = norms if torch.distributed.get_world_size(self.bn1.process_group) == 1 else []

@@ -16,14 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from .gate import Gate
-from .regions import join, means, spread
+from .regions import join, mean_of_scales, means, spread
 
 __all__ = ['MultiScaleRecalibration']
 
-# A symbolic tracer does not know the size of a map: it records a call to these instead.
-torch.fx.wrap('means')
-torch.fx.wrap('spread')
-torch.fx.wrap('join')
+for _function in ('means', 'mean_of_scales', 'spread', 'join'):
+    torch.fx.wrap(_function)  # a symbolic tracer does not know the size of a map: it records a call
 
 
 class MultiScaleRecalibration(nn.Module):
@@ -76,17 +74,12 @@ class MultiScaleRecalibration(nn.Module):
         """z_K at every position for each scale K, of the shape of x, from what `forward` takes. Their mean is Z."""
         y = means(x if source is None else source, self.scales, self.strategy)
         z = self.gate(y).unflatten(1, (len(self.scales), -1))
-        maps = [spread(z_k, x, self.strategy) for z_k in z.unbind(1)]
-        return {k: m.expand_as(x.unflatten(2, (m.shape[2], -1))).flatten(2, 3) for k, m in zip(self.scales, maps)}
+        maps = [spread(mean_of_scales(z_k, 1, x), x, self.strategy) for z_k in z.unbind(1)]
+        return {k: m.reshape(x.shape) for k, m in zip(self.scales, maps)}
 
     def forward(self, x: Tensor, source: Tensor | None = None) -> Tensor:
-        """x ⊙ Z, Eq. (2), of the shape of x. Before the backward pass, x and source must not change in place.
-
-        Args:
-            x: The tensor to recalibrate, (B, channels, H, W).
-            source: The tensor that the gates are computed from, (B, source_channels, H, W); by default x itself.
-        """
+        """x ⊙ Z, Eq. (2), of x, (B, channels, H, W), with Z of `source`, (B, source_channels, H, W), or of x."""
         y = means(x if source is None else source, self.scales, self.strategy)
-        z = self.gate(y).unflatten(1, (len(self.scales), -1)).mean(1)
+        z = mean_of_scales(self.gate(y), len(self.scales), x)
         gates = spread(z, x, self.strategy)
-        return join(x.unflatten(2, (gates.shape[2], -1)) * gates)
+        return join(x.view_as(gates) * gates, x)

@@ -1,10 +1,10 @@
 """The coordinate sets S_K of Section 3.2: from positions to the means over them, and from gates back to positions
 
-Regional: position p of an axis is in region ⌊p·K/size⌋, a true partition. (Adaptive pooling has bins that overlap where
-K does not divide the size.) With g, the least common multiple of the scales, ⌊⌊p·g/size⌋·K/g⌋ = ⌊p·K/size⌋: each region
-is a block of cells of one g×g grid, at every size. So the means of all scales are one map of cells. With R[i, p] = 1
-where p is in the region of cell i, else 0, and with R̄, its rows divided by their sums, y = R̄ x R̄ᵀ for each scale. Gates
-at positions are Rᵀ z R with R of cells. Sliding: R[p, q] = 1 where |p - q| ≤ √(H·W)/K, and every position is a cell.
+Regional: position p of an axis is in region ⌊p·K/size⌋, a true partition (bins of adaptive pooling can overlap). With
+g, the least common multiple of the scales, ⌊⌊p·g/size⌋·K/g⌋ = ⌊p·K/size⌋: at every size each region is a block of
+cells of one g×g grid, so the means of all scales are one map. With R[i, p] = 1 where p is in the region of cell i,
+else 0, and R̄, its rows divided by their sums, y = R̄ x R̄ᵀ for each scale. Gates at positions are Rᵀ z R with R of
+cells. Sliding: R[p, q] = 1 where |p - q| ≤ √(H·W)/K, and every position is a cell.
 """
 
 import math
@@ -18,51 +18,53 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 
 def means(x: Tensor, scales: list[int], strategy: str) -> Tensor:
-    """y of Eq. (1): (B, C, H, W) to (B, L·C, rows, cols), a group of C channels for each scale. Rows and columns are of
-    cells, of which all in a region have its mean, or sliding of positions.
-    """
+    """y of Eq. (1) for x, (B, C, H, W), as (B, L·C, rows, cols): C channels a scale, at cells, or sliding positions."""
     if x.dim() != 4:
         raise ValueError(f'MS-SAR takes a map (B, C, H, W), not a tensor of {x.dim()} dimensions.')
     height, width = x.shape[2], x.shape[3]
     if strategy == 'sliding' and not (isinstance(height, int) and height * width == 0):  # no window on an empty map
-        maps = x.flatten(0, 1).to(torch.promote_types(x.dtype, torch.float32))
-        y: list[Tensor] = []
-        for k in scales:
-            rows, cols = _windows(height, height * width, k, maps), _windows(width, height * width, k, maps)
-            y.append((rows @ maps @ cols.transpose(1, 2)).view(x.shape))
-        return torch.cat(y, 1).to(x.dtype)
+        maps, area = x.flatten(0, 1).to(torch.promote_types(x.dtype, torch.float32)), height * width
+        y = [_windows(height, area, k, maps) @ maps @ _windows(width, area, k, maps).transpose(1, 2) for k in scales]
+        return torch.cat([y_k.view(x.shape) for y_k in y], 1).to(x.dtype)
     (n_rows, row_scales), (n_cols, col_scales) = _cells(height, scales), _cells(width, scales)
-    if _are_blocks(x, n_rows, n_cols):
+    if _are_blocks(x, n_rows, n_cols) and not (len(scales) > 1 and x.is_cuda and _is_kept(x)):  # one product is faster
         x = F.avg_pool2d(x, [height // n_rows, width // n_cols]) if n_rows * n_cols > 1 else x.mean((2, 3), True)
+        if len(scales) == 1:
+            return x
     mean = _matrix(x, n_rows, n_cols, row_scales, col_scales, True)
     y_of_cells = (mean @ x.flatten(2).transpose(1, 2)).unflatten(1, (n_rows, n_cols, len(scales)))  # (…, L, C)
     return y_of_cells.flatten(3).permute(0, 3, 1, 2)  # channels_last
 
 
+def mean_of_scales(z: Tensor, scales: int, x: Tensor) -> Tensor:
+    """1/L Σ_K z_K, as (B, C, rows, cols), or if x is channels_last (B, rows, cols, C): it sums faster so."""
+    z, c = (z.permute(0, 2, 3, 1), 3) if _is_channels_last(x) else (z, 1)
+    return z.unflatten(c, (scales, -1)).mean(c)
+
+
 def spread(z: Tensor, x: Tensor, strategy: str) -> Tensor:
-    """The way back: gates z, (B, C, rows, cols), at the positions of x, (B, C, H, W), as (B, C, 1, H, W). Blocks need
-    (B, C, rows, 1, W) only: a product can broadcast along the height, but along both axes it is slow on a processor.
-    """
-    if strategy == 'sliding':
-        return z.unsqueeze(2)
-    n_rows, n_cols, height, width = z.shape[2], z.shape[3], x.shape[2], x.shape[3]
-    channels_last = x.stride(1) == 1 and x.shape[1] > 1  # vmap cannot ask is_contiguous
-    if _are_blocks(x, n_rows, n_cols):
-        if channels_last:
-            z = z.permute(0, 2, 3, 1).unsqueeze(3).expand(-1, -1, -1, width // n_cols, -1)
-            return z.flatten(2, 3).permute(0, 3, 1, 2).unsqueeze(3)
-        z = z.unsqueeze(4).expand(-1, -1, -1, -1, width // n_cols)
-        return z.reshape(z.shape[0], z.shape[1], n_rows, 1, width)
-    cell, z = _matrix(x, n_rows, n_cols, [n_rows], [n_cols], False), z.flatten(2)
-    z = (cell.transpose(1, 2) @ z.transpose(1, 2)).transpose(1, 2) if channels_last else z @ cell
-    return z.view(z.shape[0], z.shape[1], 1, height, width)
+    """The way back: such means of gates at the positions of x, as (B, C, H, W), or blocks as (B, C, rows, h, W)."""
+    last, height, width = _is_channels_last(x), x.shape[2], x.shape[3]
+    axis = 1 if last else 2  # of rows
+    n_rows, n_cols = z.shape[axis], z.shape[axis + 1]
+    if strategy == 'regional' and _are_blocks(x, n_rows, n_cols):
+        # Memory holds them once along h. Broadcasting them along both axes would be slow on a processor.
+        z = z.repeat_interleave(width // n_cols, axis + 1).unsqueeze(axis + 1)
+        z = z.expand([-1] * (axis + 1) + [height // n_rows] + [-1] * (3 - axis))
+        return z.permute(0, 4, 1, 2, 3) if last else z
+    if strategy == 'regional':
+        cell, z = _matrix(x, n_rows, n_cols, [n_rows], [n_cols], False), z.flatten(axis, axis + 1)
+        z = (cell.transpose(1, 2) @ z if last else z @ cell).unflatten(axis, (height, width))
+    return (z.permute(0, 3, 1, 2) if last else z).expand_as(x)
 
 
-def join(x: Tensor) -> Tensor:
-    """(B, C, rows, h, W) as a map (B, C, H, W). To autograd it is no view, since residual blocks add to it in place."""
-    if isinstance(x.shape[2], int):
-        return torch.ops.aten._unsafe_view(x, [x.shape[0], x.shape[1], x.shape[2] * x.shape[3], x.shape[4]])
-    return x.flatten(2, 3)
+def join(parts: Tensor, x: Tensor) -> Tensor:
+    """A map of the shape of x. To autograd it is no view, since residual blocks add to it in place."""
+    return parts if parts.dim() == 4 else torch.ops.aten._unsafe_view(parts, x.shape)
+
+
+def _is_channels_last(x: Tensor) -> bool:
+    return x.stride(1) == 1 and x.shape[1] > 1  # vmap cannot ask is_contiguous
 
 
 def _cells(size: int, scales: list[int]) -> tuple[int, list[int]]:
@@ -93,24 +95,27 @@ def _windows(size: int, area: int, scale: int, x: Tensor) -> Tensor:
 def _matrix(x: Tensor, rows: int, cols: int, of_rows: list[int], of_cols: list[int], mean: bool, new: bool = False):
     """R ⊗ R, or with `mean` R̄ ⊗ R̄: a row for each cell and scale, a column for each position of x."""
     height, width = x.shape[2], x.shape[3]
-    if not torch.jit.is_scripting() and not new:
-        known = isinstance(height, int) and isinstance(width, int) and not torch.compiler.is_dynamo_compiling()
-        if known and height * width <= 4096:  # it pays for small maps
-            what: tuple = (height, width, rows, cols, tuple(of_rows), tuple(of_cols), mean)
-            if type(x) is Tensor:
-                return _kept(x.dtype, x.device, *what)
-            return x.new_tensor(_kept(torch.float64, torch.device('cpu'), *what).tolist())  # exported as a constant
+    if not torch.jit.is_scripting() and not new and _is_kept(x):
+        what: tuple = ((1, 1, height, width), rows, cols, tuple(of_rows), tuple(of_cols), mean)
+        if type(x) is Tensor:
+            return _kept(x.dtype, x.device, *what)
+        return x.new_tensor(_kept(torch.float64, torch.device('cpu'), *what).tolist())  # exported as a constant
     first, second = _axis(height, rows, of_rows, mean, x), _axis(width, cols, of_cols, mean, x)
-    pairs = first[:, None, :, :, None] * second[:, :, None]  # (rows, cols, L, H, W)
-    return pairs.flatten(3).flatten(0, 2)[None].to(x.dtype)
+    pairs = (first[:, None, :, :, None] * second[:, :, None]).to(x.dtype)  # (rows, cols, L, H, W)
+    return pairs.flatten(3).flatten(0, 2)[None]
+
+
+def _is_kept(x: Tensor) -> bool:
+    """Whether a matrix is made once: of a map of known size that is not huge. A compiler makes it in its own kernel."""
+    known = isinstance(x.shape[2], int) and isinstance(x.shape[3], int) and not torch.compiler.is_dynamo_compiling()
+    return known and x.shape[2] * x.shape[3] <= 16384
 
 
 @lru_cache(maxsize=256)
-def _kept(dtype: torch.dtype, device: torch.device, height: int, width: int, *what) -> Tensor:
+def _kept(dtype: torch.dtype, device: torch.device, shape: tuple, *what) -> Tensor:
     """The matrix, made once, since launches are a GPU's time. In a thread of its own no mode of the caller holds."""
     with ThreadPoolExecutor(1) as thread:
-        x = thread.submit(torch.empty, (1, 1, height, width), dtype=dtype, device=device).result()
-        return thread.submit(lambda: _matrix(x, *what, True)).result()  # type: ignore[call-arg]
+        return thread.submit(lambda: _matrix(torch.empty(shape, dtype=dtype, device=device), *what, True)).result()  # type: ignore
 
 
 def _axis(size: int, cells: int, scales: list[int], mean: bool, x: Tensor) -> Tensor:

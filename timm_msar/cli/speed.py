@@ -44,6 +44,7 @@ def plain(name: str) -> str:
 def main(args: argparse.Namespace) -> None:
     """Print a Markdown table with four rows for each network: plain, SE, ours with L = {1}, and ours."""
     device = torch.device(args.device or torch.accelerator.current_accelerator(check_available=True) or 'cpu')
+    torch.backends.cudnn.benchmark = True  # as timm's scripts do
     images = torch.randn(args.batch_size, 3, args.img_size, args.img_size, device=device)
     images = images.contiguous(memory_format=torch.channels_last)
     contestants = []
