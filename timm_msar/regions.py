@@ -47,12 +47,12 @@ def spread(z: Tensor, x: Tensor, strategy: str) -> Tensor:
     last, height, width = _is_channels_last(x), x.shape[2], x.shape[3]
     axis = 1 if last else 2  # of rows
     n_rows, n_cols = z.shape[axis], z.shape[axis + 1]
-    if strategy == 'regional' and _are_blocks(x, n_rows, n_cols):
-        # Memory holds them once along h. Broadcasting them along both axes would be slow on a processor.
-        z = z.repeat_interleave(width // n_cols, axis + 1).unsqueeze(axis + 1)
-        z = z.expand([-1] * (axis + 1) + [height // n_rows] + [-1] * (3 - axis))
-        return z.permute(0, 4, 1, 2, 3) if last else z
-    if strategy == 'regional':
+    if strategy == 'regional' and n_rows * n_cols > 1:
+        if _are_blocks(x, n_rows, n_cols):
+            # Memory holds them once along h. Broadcasting them along both axes would be slow on a processor.
+            z = z.repeat_interleave(width // n_cols, axis + 1).unsqueeze(axis + 1)
+            z = z.expand([-1] * (axis + 1) + [height // n_rows] + [-1] * (3 - axis))
+            return z.permute(0, 4, 1, 2, 3) if last else z
         cell, z = _matrix(x, n_rows, n_cols, [n_rows], [n_cols], False), z.flatten(axis, axis + 1)
         z = (cell.transpose(1, 2) @ z if last else z @ cell).unflatten(axis, (height, width))
     return (z.permute(0, 3, 1, 2) if last else z).expand_as(x)

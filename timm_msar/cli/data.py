@@ -162,11 +162,10 @@ def _load(name: str, source: Path | None, download: Path) -> tuple[list[str], di
         # torchvision compares checksums before it reads CIFAR's files, which are pickles.
         made = [dataset(str(source or download), train=train, download=source is None) for train in (True, False)]
     except (OSError, RuntimeError, EOFError, zlib.error) as error:
-        url = f'the .gz files in {dataset.mirrors[0]}' if fashion else f'and unpack {dataset.url}'
-        raise CommandError(
-            f'{source or "the download"} does not give {name} as it was published: {error}. '
-            f'Fetch {url} and give their folder by --source'
-        ) from error
+        urls = [f'{dataset.mirrors[0]}{file}.gz' for file in FASHION_MNIST_MD5] if fashion else [dataset.url]
+        where = 'to FOLDER' if fashion else f'and unpack it to FOLDER/{dataset.base_folder}'
+        problem = f'{source or "the download"} does not give {name} as it was published: {error}'
+        raise CommandError(f'{problem}. Fetch {", ".join(urls)} {where}, and add --source FOLDER') from error
     splits = {}
     for split, data in zip(SPLITS, made):
         images, labels = np.asarray(data.data), np.asarray(data.targets)
