@@ -16,11 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from .gate import Gate
-from .regions import join, mean_of_scales, means, spread
+from .regions import mean_of_scales, means, shaped, spread
 
-__all__ = ['MultiScaleRecalibration']
-
-for _function in ('means', 'mean_of_scales', 'spread', 'join'):
+for _function in ('means', 'mean_of_scales', 'spread', 'shaped'):
     torch.fx.wrap(_function)  # a symbolic tracer does not know the size of a map: it records a call
 
 
@@ -61,8 +59,7 @@ class MultiScaleRecalibration(nn.Module):
         self.scales, self.strategy = sorted(scales), strategy
         if strategy == 'regional' and (g := math.lcm(*scales)) > 4 * max(scales):
             raise ValueError(f'scales {scales!r} need {g}×{g} cells, too many: their least common multiple is {g}.')
-        rd_channels = max(1, int(rd_ratio * channels / len(self.scales)))
-        widths = self.source_channels, rd_channels, channels
+        widths = self.source_channels, max(1, int(rd_ratio * channels / len(self.scales))), channels
         gate = Gate(*widths, len(self.scales), act_layer, gate_layer, device=device, dtype=dtype)
         self.gate = nn.Sequential()
         self.gate.add_module('_'.join(map(str, self.scales)), gate)  # this name keeps weights of other scales out
@@ -82,4 +79,4 @@ class MultiScaleRecalibration(nn.Module):
         y = means(x if source is None else source, self.scales, self.strategy)
         z = mean_of_scales(self.gate(y), len(self.scales), x)
         gates = spread(z, x, self.strategy)
-        return join(x.view_as(gates) * gates, x)
+        return shaped(shaped(x, gates) * gates, x)

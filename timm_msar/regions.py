@@ -53,14 +53,19 @@ def spread(z: Tensor, x: Tensor, strategy: str) -> Tensor:
             z = z.repeat_interleave(width // n_cols, axis + 1).unsqueeze(axis + 1)
             z = z.expand([-1] * (axis + 1) + [height // n_rows] + [-1] * (3 - axis))
             return z.permute(0, 4, 1, 2, 3) if last else z
-        cell, z = _matrix(x, n_rows, n_cols, [n_rows], [n_cols], False), z.flatten(axis, axis + 1)
-        z = (cell.transpose(1, 2) @ z if last else z @ cell).unflatten(axis, (height, width))
+        cell = _matrix(x, n_rows, n_cols, [n_rows], [n_cols], False)
+        if last:
+            z = (cell.transpose(1, 2) @ z.flatten(1, 2)).view(z.shape[0], height, width, z.shape[3])
+        else:
+            z = (z.flatten(2) @ cell).view(z.shape[0], z.shape[1], height, width)
     return (z.permute(0, 3, 1, 2) if last else z).expand_as(x)
 
 
-def join(parts: Tensor, x: Tensor) -> Tensor:
-    """A map of the shape of x. To autograd it is no view, since residual blocks add to it in place."""
-    return parts if parts.dim() == 4 else torch.ops.aten._unsafe_view(parts, x.shape)
+def shaped(t: Tensor, like: Tensor) -> Tensor:
+    """A map as blocks, or back. To autograd, what comes back is no view, since residual blocks add to it in place."""
+    if t.dim() == like.dim():
+        return t
+    return t.view(like.shape) if t.dim() == 4 else torch.ops.aten._unsafe_view(t, like.shape)
 
 
 def _is_channels_last(x: Tensor) -> bool:
