@@ -89,7 +89,7 @@ def check(root: Path) -> None:
     datasets = {split: create_dataset('', root=str(root), split=split) for split in SPLITS if root.is_dir()}
     for split in SPLITS:
         if not datasets or Path(datasets[split].reader.root) == root:  # where timm finds no such folder
-            raise CommandError(f'there is no folder {root / split}, where train.py looks for the {split} images')
+            raise CommandError(f'there is no folder {root / split}, where train.py looks for the {split} split')
     classes, others = (list(datasets[split].reader.class_to_idx) for split in SPLITS)
     for one, next_one in pairwise(classes):
         if natural_key(one) == natural_key(next_one):
@@ -164,8 +164,8 @@ def _load(name: str, source: Path | None, download: Path) -> tuple[list[str], di
     except (OSError, RuntimeError, EOFError, zlib.error) as error:
         urls = [f'{dataset.mirrors[0]}{file}.gz' for file in FASHION_MNIST_MD5] if fashion else [dataset.url]
         where = 'to FOLDER' if fashion else f'and unpack it to FOLDER/{dataset.base_folder}'
-        problem = f'{source or "the download"} does not give {name} as it was published: {error}'
-        raise CommandError(f'{problem}. Fetch {", ".join(urls)} {where}, and add --source FOLDER') from error
+        problem = f'{source} does not give {name} as it was published' if source else f'{name} cannot be downloaded'
+        raise CommandError(f'{problem}: {error}. Fetch {", ".join(urls)} {where}, and add --source FOLDER') from error
     splits = {}
     for split, data in zip(SPLITS, made):
         images, labels = np.asarray(data.data), np.asarray(data.targets)

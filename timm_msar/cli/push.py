@@ -20,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `timm-msar push`."""
     parser.add_argument('checkpoint', type=Path, help='model_best.pth.tar or last.pth.tar, beside its summary.csv')
     parser.add_argument(
-        '--repo-id', metavar='ME/NAME', type=repository, required=True, help='repository; NAME is best MODEL.TAG'
+        '--repo-id', metavar='ME/NAME', type=repository, required=True, help='repository; NAME should be MODEL.TAG'
     )
     parser.add_argument('--private', action='store_true', help='only you can see the repository')
     target = parser.add_mutually_exclusive_group()  # the Hub opens pull requests against main alone
