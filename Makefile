@@ -17,7 +17,7 @@ test: .venv/installed
 quick: .venv/installed
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile -m 'not slow'
 
-# timm's own test file on every network, a quarter of an hour.
+# timm's own test file on every network, four minutes.
 test-timm: .venv/installed
 	TIMM_MSAR_ALL_NETWORKS=1 $(BIN)/pytest tests/test_timm_suite.py
 

@@ -200,6 +200,13 @@ def test_one_image_in_training(shape, scales):
     assert not torch.equal(layer.gate[0].bn1.running_mean, running_mean)
 
 
+def test_nothing_of_one_image_is_kept_by_timms_feature_extractor():
+    model = timm.models.create_feature_extractor(timm.create_model('cifar_resnet20_msar'), ['fc']).train()
+    state = {key: value.clone() for key, value in model.state_dict().items() if 'gate' in key}
+    model(torch.randn(1, 3, 32, 32))
+    assert all(torch.equal(model.state_dict()[key], value) for key, value in state.items()) and len(state) > 99
+
+
 def test_gradients_of_one_image_survive_the_next_forward_pass():
     model = timm.create_model('cifar_resnet20_msar').double().train()
     one, four = (torch.randn(batch, 3, 32, 32, dtype=torch.float64) for batch in (1, 4))

@@ -1,11 +1,12 @@
 """The gate of Eq. (1): from the means around a position, at every scale, to a number from 0 to 1 for each channel."""
 
 import torch
-from timm.layers import create_act_layer
+from timm.layers import create_act_layer, register_notrace_module
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 
+@register_notrace_module  # timm's feature extraction by fx cannot ask for the number of images
 class Gate(nn.Module):
     """z_K = σ2(Ω2 · σ1(Ω1 · y)) of all scales at once. Each scale is a group of channels with weights of its own."""
 

@@ -27,8 +27,10 @@ def means(x: Tensor, scales: list[int], strategy: str) -> Tensor:
         y = [_windows(height, area, k, maps) @ maps @ _windows(width, area, k, maps).transpose(1, 2) for k in scales]
         return torch.cat([y_k.view(x.shape) for y_k in y], 1).to(x.dtype)
     (n_rows, row_scales), (n_cols, col_scales) = _cells(height, scales), _cells(width, scales)
-    if _are_blocks(x, n_rows, n_cols) and not (len(scales) > 1 and x.is_cuda and _is_kept(x)):  # one product is faster
-        x = F.avg_pool2d(x, [height // n_rows, width // n_cols]) if n_rows * n_cols > 1 else x.mean((2, 3), True)
+    on_gpu = x.is_cuda and not torch.jit.is_scripting()  # there one product is faster, forwards and backwards
+    if _are_blocks(x, n_rows, n_cols) and (len(scales) == 1 or not on_gpu):
+        size = [height // n_rows, width // n_cols]  # written out, and dimensions negative, for ExecuTorch's XNNPACK
+        x = F.avg_pool2d(x, size, size, count_include_pad=False) if n_rows * n_cols > 1 else x.mean((-2, -1), True)
         if len(scales) == 1:
             return x
     mean = _matrix(x, n_rows, n_cols, row_scales, col_scales, True)
@@ -100,20 +102,14 @@ def _windows(size: int, area: int, scale: int, x: Tensor) -> Tensor:
 def _matrix(x: Tensor, rows: int, cols: int, of_rows: list[int], of_cols: list[int], mean: bool, new: bool = False):
     """R ⊗ R, or with `mean` R̄ ⊗ R̄: a row for each cell and scale, a column for each position of x."""
     height, width = x.shape[2], x.shape[3]
-    if not torch.jit.is_scripting() and not new and _is_kept(x):
+    if not torch.jit.is_scripting() and not torch.compiler.is_dynamo_compiling() and not new:
         what: tuple = ((1, 1, height, width), rows, cols, tuple(of_rows), tuple(of_cols), mean)
-        if type(x) is Tensor:
-            return _kept(x.dtype, x.device, *what)
-        return x.new_tensor(_kept(torch.float64, torch.device('cpu'), *what).tolist())  # exported as a constant
+        if isinstance(height, int) and isinstance(width, int) and height * width <= 16384:
+            if type(x) is Tensor:
+                return _kept(x.dtype, x.device, *what)
+            return x.new_tensor(_kept(torch.float64, torch.device('cpu'), *what).tolist())  # exported as a constant
     first, second = _axis(height, rows, of_rows, mean, x), _axis(width, cols, of_cols, mean, x)
-    pairs = (first[:, None, :, :, None] * second[:, :, None]).to(x.dtype)  # (rows, cols, L, H, W)
-    return pairs.flatten(3).flatten(0, 2)[None]
-
-
-def _is_kept(x: Tensor) -> bool:
-    """Whether a matrix is made once: of a map of known size that is not huge. A compiler makes it in its own kernel."""
-    known = isinstance(x.shape[2], int) and isinstance(x.shape[3], int) and not torch.compiler.is_dynamo_compiling()
-    return known and x.shape[2] * x.shape[3] <= 16384
+    return (first[:, None, :, :, None] * second[:, :, None]).to(x.dtype).flatten(3).flatten(0, 2)[None]
 
 
 @lru_cache(maxsize=256)
