@@ -3,6 +3,7 @@
 import csv
 import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -43,6 +44,33 @@ def test_segmentation_finds_the_ink(encoder, options):
 
 def test_detection_learns_from_one_image():
     assert figure('detection.py', '--random') < 0.2
+
+
+@pytest.mark.slow
+def test_pruning_leaves_a_quarter():
+    assert 0.25 < figure('prune.py', '--random') < 0.3
+
+
+@pytest.mark.parametrize('strategy', ['regional', 'sliding'])
+def test_pruning_channels_that_are_always_zero_changes_nothing(strategy):
+    prune = pytest.importorskip('torch_pruning')
+    example = runpy.run_path(str(FOLDER / 'prune.py'))
+    model = timm.create_model('cifar_resnet20_msar', strategy=strategy).eval()
+    norms = [module for module in model.modules() if isinstance(module, torch.nn.BatchNorm2d)]
+    for tensor in (t for norm in norms for t in (norm.weight, norm.bias, norm.running_mean)):
+        torch.nn.init.normal_(tensor)
+    images = torch.randn(2, 3, 32, 32)
+    with example['traceable']():
+        graph = prune.DependencyGraph().build_dependency(model, images, customized_pruners=example['PRUNERS'])
+    groups = list(graph.get_all_groups(ignored_layers=[model.fc], root_module_types=[torch.nn.Conv2d]))
+    groups = [graph.get_pruning_group(g[0].dep.target.module, prune.prune_conv_out_channels, [1, 3]) for g in groups]
+    for norm, channels in ((dep.target.module, c) for g in groups for dep, c in g if dep.target.module in norms):
+        norm.weight.data[channels] = norm.bias.data[channels] = 0
+    expected = model(images)
+    for group in groups:
+        group.prune()
+    assert [stage[0].se.channels for stage in model.stages] == [14, 30, 62]
+    torch.testing.assert_close(model(images), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.slow
