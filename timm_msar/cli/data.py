@@ -95,7 +95,7 @@ def check(root: Path) -> None:
         if natural_key(one) == natural_key(next_one):
             raise CommandError(f'timm numbers the classes {one!r} and {next_one!r} in any order; rename one')
     if odd := sorted(set(classes) ^ set(others)):
-        raise CommandError(f'{odd[0]!r} and {len(odd) - 1} more classes have images in only one split of {root}')
+        raise CommandError(f'{len(odd)} of the classes have images in only one split of {root}, such as {odd[0]!r}')
     print(f'{root} has {len(classes)} classes.')
     for split, dataset in datasets.items():
         paths = dataset.filenames(absolute=True)

@@ -92,7 +92,7 @@ def write_folder(checkpoint: Path, folder: Path, model_id: str) -> str:
             'config.json may not hold all arguments of the network'
         )
     measured = ', '.join(f'{name} {value:.4g}' for name, value in results.items()) or 'not validated'
-    return f'{args["model"]}, epoch {trained["epoch"]}: {measured}'
+    return f'{args["model"]} after {trained["epoch"] + 1} epochs: {measured}'
 
 
 def compare_checksum(folder: Path) -> None:
