@@ -22,7 +22,9 @@ def means(x: Tensor, scales: list[int], strategy: str) -> Tensor:
     if x.dim() != 4:
         raise ValueError(f'MS-SAR takes a map (B, C, H, W), not a tensor of {x.dim()} dimensions.')
     height, width = x.shape[2], x.shape[3]
-    if strategy == 'sliding' and not (isinstance(height, int) and height * width == 0):  # no window on an empty map
+    if isinstance(height, int) and height * width == 0:  # a map without positions has no window, and one empty region
+        scales = [1 for _ in scales]
+    elif strategy == 'sliding':
         maps, area = x.flatten(0, 1).to(torch.promote_types(x.dtype, torch.float32)), height * width
         y = [_windows(height, area, k, maps) @ maps @ _windows(width, area, k, maps).transpose(1, 2) for k in scales]
         return torch.cat([y_k.view(x.shape) for y_k in y], 1).to(x.dtype)
@@ -71,7 +73,7 @@ def shaped(t: Tensor, like: Tensor) -> Tensor:
 
 
 def _is_channels_last(x: Tensor) -> bool:
-    return x.stride(1) == 1 and x.shape[1] > 1  # vmap cannot ask is_contiguous
+    return x.stride(1) == 1 and x.stride(3) != 1 and x.stride(2) != x.stride(3)  # vmap cannot ask is_contiguous
 
 
 def _cells(size: int, scales: list[int]) -> tuple[int, list[int]]:
@@ -112,7 +114,7 @@ def _matrix(x: Tensor, rows: int, cols: int, of_rows: list[int], of_cols: list[i
     return (first[:, None, :, :, None] * second[:, :, None]).to(x.dtype).flatten(3).flatten(0, 2)[None]
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=32)
 def _kept(dtype: torch.dtype, device: torch.device, shape: tuple, *what) -> Tensor:
     """The matrix, made once, since launches are a GPU's time. In a thread of its own no mode of the caller holds."""
     with ThreadPoolExecutor(1) as thread:
