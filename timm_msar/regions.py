@@ -22,7 +22,7 @@ def means(x: Tensor, scales: list[int], strategy: str) -> Tensor:
     if x.dim() != 4:
         raise ValueError(f'MS-SAR takes a map (B, C, H, W), not a tensor of {x.dim()} dimensions.')
     height, width = x.shape[2], x.shape[3]
-    if isinstance(height, int) and height * width == 0:  # a map without positions has no window, and one empty region
+    if strategy == 'sliding' and isinstance(height, int) and height * width == 0:  # no window: one empty region
         scales = [1 for _ in scales]
     elif strategy == 'sliding':
         maps, area = x.flatten(0, 1).to(torch.promote_types(x.dtype, torch.float32)), height * width
@@ -73,6 +73,7 @@ def shaped(t: Tensor, like: Tensor) -> Tensor:
 
 
 def _is_channels_last(x: Tensor) -> bool:
+    # Of a single column the strides do not say it: it passes for contiguous.
     return x.stride(1) == 1 and x.stride(3) != 1 and x.stride(2) != x.stride(3)  # vmap cannot ask is_contiguous
 
 
