@@ -92,10 +92,8 @@ class CifarNet(nn.Module):
         self.fc = fc
         self.head_hidden_size = self.num_features * self.global_pool.feat_mult()
         for module in self.modules():
-            if isinstance(module, nn.Conv2d):
+            if isinstance(module, nn.Conv2d) and module.groups == 1:  # the gates have done so
                 nn.init.kaiming_normal_(module.weight, mode='fan_out', nonlinearity='relu')
-                with torch.no_grad():  # PyTorch's fan-out is of all groups, and a scale is one of them
-                    module.weight.mul_(module.groups**0.5)
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, str]:

@@ -1,9 +1,16 @@
 """The gate of Eq. (1): from the means around a position, at every scale, to a number from 0 to 1 for each channel."""
 
+import warnings
+
 import torch
 from timm.layers import create_act_layer, register_notrace_module
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+ONE_IMAGE = (
+    'MS-SAR gates saw a batch of one image in training. They normalise it by its own statistics and remember none: the '
+    'running statistics for evaluation stay as they are. Use larger batches, or freeze the norms (timm.utils.freeze).'
+)
 
 
 @register_notrace_module  # timm's feature extraction by fx cannot ask for the number of images
@@ -18,6 +25,14 @@ class Gate(nn.Module):
         self.fc2 = nn.Conv2d(groups * rd_channels, groups * channels, 1, groups=groups, bias=False, **dd)
         self.bn2: nn.Module = nn.BatchNorm2d(groups * channels, **dd)
         self.gate = create_act_layer(gate_layer)
+        self.init_weights()
+
+    @torch.jit.ignore
+    def init_weights(self) -> None:
+        """Draw weights as timm's ResNets do, each scale by itself: PyTorch's fan-out would be that of all groups."""
+        for fc in (self.fc1, self.fc2):
+            for weight in fc.weight.chunk(fc.groups):
+                nn.init.kaiming_normal_(weight, mode='fan_out', nonlinearity='relu')
 
     def forward(self, y: Tensor) -> Tensor:
         """Map means y, (B, L · source_channels, h, w), to gates z, (B, L · channels, h, w)."""
@@ -34,6 +49,8 @@ class Gate(nn.Module):
         norms = [n for n in (self.bn1, self.bn2) if self.training and getattr(n, 'track_running_stats', False)]
         if isinstance(self.bn1, nn.SyncBatchNorm) and torch.distributed.is_initialized():
             norms = norms if torch.distributed.get_world_size(self.bn1.process_group) == 1 else []
+        if norms and not torch.compiler.is_compiling():
+            warnings.warn(ONE_IMAGE, stacklevel=2)  # Python shows it once a process
         try:
             for norm in norms:
                 norm.track_running_stats = False  # type: ignore[assignment]

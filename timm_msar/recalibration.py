@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from .gate import Gate
-from .regions import mean_of_scales, means, shaped, spread
+from .regions import STRATEGIES, means, spread, times
 
-for _function in ('means', 'mean_of_scales', 'spread', 'shaped'):
+for _function in ('means', 'spread', 'times'):
     torch.fx.wrap(_function)  # a symbolic tracer does not know the size of a map: it records a call
 
 
@@ -53,8 +53,8 @@ class MultiScaleRecalibration(nn.Module):
         distinct = isinstance(scales, (list, tuple)) and len(set(scales)) == len(scales) > 0
         if not distinct or not all(type(k) is int and k > 0 for k in scales):
             raise ValueError(f'scales must be distinct positive integers, such as (1, 2, 4), not {scales!r}.')
-        if strategy not in ('regional', 'sliding'):
-            raise ValueError(f"strategy must be 'regional' or 'sliding', not {strategy!r}.")
+        if strategy not in STRATEGIES:
+            raise ValueError(f'strategy must be {" or ".join(map(repr, STRATEGIES))}, not {strategy!r}.')
         self.channels, self.source_channels = channels, source_channels or channels
         self.scales, self.strategy = sorted(scales), strategy
         if strategy == 'regional' and (g := math.lcm(*scales)) > 4 * max(scales):
@@ -69,14 +69,11 @@ class MultiScaleRecalibration(nn.Module):
 
     def gates(self, x: Tensor, source: Tensor | None = None) -> dict[int, Tensor]:
         """z_K at every position for each scale K, of the shape of x, from what `forward` takes. Their mean is Z."""
-        y = means(x if source is None else source, self.scales, self.strategy)
-        z = self.gate(y).unflatten(1, (len(self.scales), -1))
-        maps = [spread(mean_of_scales(z_k, 1, x), x, self.strategy) for z_k in z.unbind(1)]
-        return {k: m.reshape(x.shape) for k, m in zip(self.scales, maps)}
+        y = means(x if source is None else source, self.scales, self.strategy, self.training)
+        z = self.gate(y).unflatten(1, (len(self.scales), -1)).unbind(1)
+        return {k: spread(z_k, x, 1, self.strategy).reshape(x.shape) for k, z_k in zip(self.scales, z)}
 
     def forward(self, x: Tensor, source: Tensor | None = None) -> Tensor:
         """x ⊙ Z, Eq. (2), of x, (B, channels, H, W), with Z of `source`, (B, source_channels, H, W), or of x."""
-        y = means(x if source is None else source, self.scales, self.strategy)
-        z = mean_of_scales(self.gate(y), len(self.scales), x)
-        gates = spread(z, x, self.strategy)
-        return shaped(shaped(x, gates) * gates, x)
+        y = means(x if source is None else source, self.scales, self.strategy, self.training)
+        return times(x, spread(self.gate(y), x, len(self.scales), self.strategy))

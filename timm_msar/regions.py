@@ -5,71 +5,87 @@ g, the least common multiple of the scales, ⌊⌊p·g/size⌋·K/g⌋ = ⌊p·K
 cells of one g×g grid, so the means of all scales are one map. With R[i, p] = 1 where p is in the region of cell i,
 else 0, and R̄, its rows divided by their sums, y = R̄ x R̄ᵀ for each scale. Gates at positions are Rᵀ z R with R of
 cells. Sliding: R[p, q] = 1 where |p - q| ≤ √(H·W)/K, and every position is a cell.
+
+R and R̄ are constants of the sizes of a map. NumPy makes them: it knows no mode of PyTorch's (inference_mode, functorch,
+fake tensors) and no default of the user's, and needs no thread or lock.
 """
 
 import math
-from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+STRATEGIES = ('regional', 'sliding')  # `means` and `spread` tell them apart, and the layer, which limits the cells
+_on_gpu: dict[tuple, Tensor] = {}
 
-def means(x: Tensor, scales: list[int], strategy: str) -> Tensor:
+
+def means(x: Tensor, scales: list[int], strategy: str, training: bool) -> Tensor:
     """y of Eq. (1) for x, (B, C, H, W), as (B, L·C, rows, cols): C channels a scale, at cells, or sliding positions."""
     if x.dim() != 4:
         raise ValueError(f'MS-SAR takes a map (B, C, H, W), not a tensor of {x.dim()} dimensions.')
-    height, width = x.shape[2], x.shape[3]
-    if strategy == 'sliding' and isinstance(height, int) and height * width == 0:  # no window: one empty region
-        scales = [1 for _ in scales]
-    elif strategy == 'sliding':
-        maps, area = x.flatten(0, 1).to(torch.promote_types(x.dtype, torch.float32)), height * width
-        y = [_windows(height, area, k, maps) @ maps @ _windows(width, area, k, maps).transpose(1, 2) for k in scales]
-        return torch.cat([y_k.view(x.shape) for y_k in y], 1).to(x.dtype)
-    (n_rows, row_scales), (n_cols, col_scales) = _cells(height, scales), _cells(width, scales)
+    return _means_of_windows(x, scales) if strategy == 'sliding' else _means_of_regions(x, scales, training)
+
+
+def _means_of_regions(x: Tensor, scales: list[int], training: bool) -> Tensor:
+    of_rows, of_cols = _at_most(x.shape[2], scales, training), _at_most(x.shape[3], scales, training)
+    rows, cols = _lcm(of_rows), _lcm(of_cols)
     on_gpu = x.is_cuda and not torch.jit.is_scripting()  # there one product is faster, forwards and backwards
-    if _are_blocks(x, n_rows, n_cols) and (len(scales) == 1 or not on_gpu):
-        size = [height // n_rows, width // n_cols]  # written out, and dimensions negative, for ExecuTorch's XNNPACK
-        x = F.avg_pool2d(x, size, size, count_include_pad=False) if n_rows * n_cols > 1 else x.mean((-2, -1), True)
+    if _are_blocks(x, rows, cols) and (len(scales) == 1 or not on_gpu):
+        size = [
+            x.shape[2] // rows,
+            x.shape[3] // cols,
+        ]  # written out, and dimensions negative, for ExecuTorch's XNNPACK
+        x = F.avg_pool2d(x, size, size, count_include_pad=False) if rows * cols > 1 else x.mean((-2, -1), True)
         if len(scales) == 1:
             return x
-    mean = _matrix(x, n_rows, n_cols, row_scales, col_scales, True)
-    y_of_cells = (mean @ x.flatten(2).transpose(1, 2)).unflatten(1, (n_rows, n_cols, len(scales)))  # (…, L, C)
-    return y_of_cells.flatten(3).permute(0, 3, 1, 2)  # channels_last
+    y = _matrix(x, of_rows, of_cols, True) @ x.flatten(2).transpose(1, 2)  # (B, rows·cols·L, C)
+    return y.reshape(x.shape[0], rows, cols, len(scales) * x.shape[1]).permute(0, 3, 1, 2)  # channels_last
 
 
-def mean_of_scales(z: Tensor, scales: int, x: Tensor) -> Tensor:
-    """1/L Σ_K z_K, as (B, C, rows, cols), or if x is channels_last (B, rows, cols, C): it sums faster so."""
-    z, c = (z.permute(0, 2, 3, 1), 3) if _is_channels_last(x) else (z, 1)
-    return z.unflatten(c, (scales, -1)).mean(c)
+def _means_of_windows(x: Tensor, scales: list[int]) -> Tensor:
+    height, width, y = x.shape[2], x.shape[3], []
+    maps, area = x.flatten(0, 1).to(torch.promote_types(x.dtype, torch.float32)), height * width
+    for k in scales:
+        y_k = _windows(height, area, k, maps) @ maps @ _windows(width, area, k, maps).transpose(1, 2)
+        y.append(y_k.view(x.shape))
+    return torch.cat(y, 1).to(x.dtype)
 
 
-def spread(z: Tensor, x: Tensor, strategy: str) -> Tensor:
-    """The way back: such means of gates at the positions of x, as (B, C, H, W), or blocks as (B, C, rows, h, W)."""
-    last, height, width = _is_channels_last(x), x.shape[2], x.shape[3]
-    axis = 1 if last else 2  # of rows
-    n_rows, n_cols = z.shape[axis], z.shape[axis + 1]
-    if strategy == 'regional' and n_rows * n_cols > 1:
-        if _are_blocks(x, n_rows, n_cols):
+def spread(z: Tensor, x: Tensor, scales: int, strategy: str) -> Tensor:
+    """Z = 1/L Σ_K z_K, of z, (B, L·C, rows, cols), at the positions of x, (B, C, H, W), or of its blocks of positions,
+    (B, C, rows, h, W). Sums follow the order of memory, here and in the backward pass.
+    """
+    batch, channels, height, width = x.shape
+    rows, cols = (height, width) if strategy == 'sliding' else (z.shape[2], z.shape[3])
+    last = _is_channels_last(x)
+    if last:
+        z = z.permute(0, 2, 3, 1).reshape(batch, rows, cols, scales, channels).mean(3)
+    else:
+        z = z.reshape(batch, scales, channels, rows, cols).mean(1)
+    if strategy == 'regional' and rows * cols > 1:
+        r = 1 if last else 2  # the dimension of rows
+        if _are_blocks(x, rows, cols):
             # Memory holds them once along h. Broadcasting them along both axes would be slow on a processor.
-            z = z.repeat_interleave(width // n_cols, axis + 1).unsqueeze(axis + 1)
-            z = z.expand([-1] * (axis + 1) + [height // n_rows] + [-1] * (3 - axis))
+            z = z.repeat_interleave(width // cols, r + 1).unsqueeze(r + 1)
+            z = z.expand([-1] * (r + 1) + [height // rows] + [-1] * (3 - r))
             return z.permute(0, 4, 1, 2, 3) if last else z
-        cell = _matrix(x, n_rows, n_cols, [n_rows], [n_cols], False)
+        cell = _matrix(x, [rows], [cols], False)
         if last:
-            z = (cell.transpose(1, 2) @ z.flatten(1, 2)).view(z.shape[0], height, width, z.shape[3])
+            z = (cell.transpose(1, 2) @ z.flatten(1, 2)).view(batch, height, width, channels)
         else:
-            z = (z.flatten(2) @ cell).view(z.shape[0], z.shape[1], height, width)
+            z = (z.flatten(2) @ cell).view(x.shape)
     return (z.permute(0, 3, 1, 2) if last else z).expand_as(x)
 
 
-def shaped(t: Tensor, like: Tensor) -> Tensor:
-    """A map as blocks, or back. To autograd, what comes back is no view, since residual blocks add to it in place."""
-    if t.dim() == like.dim():
-        return t
-    return t.view(like.shape) if t.dim() == 4 else torch.ops.aten._unsafe_view(t, like.shape)
+def times(x: Tensor, gates: Tensor) -> Tensor:
+    """x ⊙ Z of Eq. (2). To autograd the product is no view, since residual blocks add to it in place."""
+    if gates.dim() == 4:  # tracing has no _unsafe_view
+        return x * gates
+    return torch.ops.aten._unsafe_view(x.view(gates.shape) * gates, x.shape)
 
 
 def _is_channels_last(x: Tensor) -> bool:
@@ -77,59 +93,92 @@ def _is_channels_last(x: Tensor) -> bool:
     return x.stride(1) == 1 and x.stride(3) != 1 and x.stride(2) != x.stride(3)  # vmap cannot ask is_contiguous
 
 
-def _cells(size: int, scales: list[int]) -> tuple[int, list[int]]:
-    """g of an axis, and its regions of each scale: K, but no more than positions. A symbol stands for larger sizes."""
+def _at_most(size: int, scales: list[int], training: bool) -> list[int]:
+    """Regions of an axis at each scale: K, but no more than positions. A symbol stands for larger sizes."""
     if isinstance(size, int):  # counted, since the minimum of a number and a symbol is a symbol
-        scales = [max(1, sum([1 if p < size else 0 for p in range(k)])) for k in scales]
+        return [sum([1 if p < size else 0 for p in range(k)]) for k in scales]
+    if training and not torch.jit.is_scripting() and isinstance(size, torch.SymInt):
+        torch._check(size >= max(scales))  # the exported graph refuses less: regions without positions enter the norms
+    return scales
+
+
+def _lcm(scales: list[int]) -> int:
     g = 1
     for k in scales:
         g = g * k // math.gcd(g, k)
-    return g, scales
+    return g
 
 
 def _are_blocks(x: Tensor, rows: int, cols: int) -> bool:
     """Whether cells are known to be blocks of as many positions each. A symbol is not asked; it means no."""
-    conditions = [x.shape[2] % rows == 0, x.shape[3] % cols == 0, x.shape[2] * x.shape[3] > 0]
+    conditions = [x.shape[2] % rows == 0, x.shape[3] % cols == 0]
     if torch.jit.is_scripting():
         return all(conditions)
+    # Asked by a plain `if`, a compiler makes a graph for each of several sizes.
     return all([isinstance(c, (bool, torch.SymBool)) and statically_known_true(c) for c in conditions])
 
 
 def _windows(size: int, area: int, scale: int, x: Tensor) -> Tensor:
-    """R̄ of windows along an axis of a map of H·W = `area` positions, (size, size)."""
+    """R̄ of windows along an axis of a map of H·W = `area` positions, (1, size, size)."""
     distance = torch.arange(size, device=x.device) - torch.arange(size, device=x.device)[:, None]
     members = (distance * distance * scale**2 <= area).to(x.dtype)  # |p - q| ≤ √(H·W)/K, in whole numbers
     return (members / members.sum(1, keepdim=True))[None]
 
 
-def _matrix(x: Tensor, rows: int, cols: int, of_rows: list[int], of_cols: list[int], mean: bool, new: bool = False):
-    """R ⊗ R, or with `mean` R̄ ⊗ R̄: a row for each cell and scale, a column for each position of x."""
+def _matrix(x: Tensor, of_rows: list[int], of_cols: list[int], mean: bool) -> Tensor:
+    """R ⊗ R, or with `mean` R̄ ⊗ R̄: (1, cells·L, H·W), a row for each cell and scale."""
     height, width = x.shape[2], x.shape[3]
-    if not torch.jit.is_scripting() and not torch.compiler.is_dynamo_compiling() and not new:
-        what: tuple = ((1, 1, height, width), rows, cols, tuple(of_rows), tuple(of_cols), mean)
-        if isinstance(height, int) and isinstance(width, int) and height * width <= 16384:
-            if type(x) is Tensor:
-                return _kept(x.dtype, x.device, *what)
-            return x.new_tensor(_kept(torch.float64, torch.device('cpu'), *what).tolist())  # exported as a constant
-    first, second = _axis(height, rows, of_rows, mean, x), _axis(width, cols, of_cols, mean, x)
-    return (first[:, None, :, :, None] * second[:, :, None]).to(x.dtype).flatten(3).flatten(0, 2)[None]
+    elements = _lcm(of_rows) * _lcm(of_cols) * len(of_rows) * height * width
+    if not torch.jit.is_scripting() and _is_kept(elements):
+        return _constant(x, height, width, tuple(of_rows), tuple(of_cols), mean)
+    rows, cols = _axis(height, of_rows, mean, x), _axis(width, of_cols, mean, x)
+    return (rows[:, None, :, :, None] * cols[:, :, None]).to(x.dtype).flatten(3).flatten(0, 2)[None]
 
 
-@lru_cache(maxsize=32)
-def _kept(dtype: torch.dtype, device: torch.device, shape: tuple, *what) -> Tensor:
-    """The matrix, made once, since launches are a GPU's time. In a thread of its own no mode of the caller holds."""
-    with ThreadPoolExecutor(1) as thread:
-        return thread.submit(lambda: _matrix(torch.empty(shape, dtype=dtype, device=device), *what, True)).result()  # type: ignore
-
-
-def _axis(size: int, cells: int, scales: list[int], mean: bool, x: Tensor) -> Tensor:
+def _axis(size: int, scales: list[int], mean: bool, x: Tensor) -> Tensor:
     """R, or with `mean` R̄, along an axis: (cells, L, size). A region without positions is 0."""
-    number = torch.arange(len(scales), device=x.device)[:, None]
+    cells, number = _lcm(scales), torch.arange(len(scales), device=x.device)[:, None]
     scale = torch.zeros_like(number)
     for i, k in enumerate(scales):  # a compiler makes one kernel of all this, but not of a list of numbers
         scale = scale + k * (number == i)
     region = torch.arange(cells, device=x.device)[:, None, None] * scale // cells
     members = region == torch.arange(size, device=x.device) * scale // size
     members = members.to(torch.promote_types(x.dtype, torch.float32))
-    ends = ((region + 1) * size + scale - 1) // scale
+    ends = ((region + 1) * size + scale - 1) // scale  # a sum of members would be a kernel more
     return members / (ends - (region * size + scale - 1) // scale).clamp(min=1) if mean else members
+
+
+def _is_kept(elements: int) -> bool:
+    """Whether a matrix is a constant: no compiler fuses its computation, no symbol is in its size, and it is small."""
+    return not torch.compiler.is_dynamo_compiling() and isinstance(elements, int) and elements <= 2**19
+
+
+@lru_cache(maxsize=32)  # of at most 4 MB
+def _array(double: bool, height: int, width: int, of_rows: tuple, of_cols: tuple, mean: bool) -> np.ndarray:
+    """The same, by NumPy."""
+    axes = []
+    for size, scales in ((height, of_rows), (width, of_cols)):
+        cells, scale = math.lcm(*scales), np.array(scales)[:, None]
+        members = np.arange(cells)[:, None, None] * scale // cells == np.arange(size) * scale // size
+        axes.append(members / members.sum(2, keepdims=True) if mean else members)
+    product = axes[0][:, None, :, :, None] * axes[1][:, :, None]
+    return product.reshape(1, -1, height * width).astype(np.float64 if double else np.float32)
+
+
+def _constant(x: Tensor, *what) -> Tensor:
+    """The array for `what`, in the dtype and on the device of x."""
+    array, key = _array(x.dtype == torch.float64, *what), (x.dtype, x.device, *what)
+    if type(x) is not Tensor:  # a fake one, say: it is exported as a constant. from_numpy would be eight ONNX nodes.
+        return x.new_tensor(array.tolist())
+    if x.device.type == 'cpu':
+        return torch.from_numpy(array).to(x.dtype)
+    if key in _on_gpu:
+        return _on_gpu[key]
+    with torch.inference_mode(False):
+        matrix = torch.from_numpy(array).to(x.device, x.dtype)  # waits until it is there, for every stream
+    try:
+        if len(_on_gpu) < 32 and matrix.untyped_storage():  # none is freed, which a stream could still read
+            _on_gpu[key] = matrix
+    except NotImplementedError:  # a transformation of torch.func wraps it, and may not be kept
+        pass
+    return matrix

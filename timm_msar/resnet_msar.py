@@ -53,13 +53,11 @@ class ResNetMsar(ResNet):
 
     @torch.jit.ignore
     def init_weights(self, zero_init_last: bool = True) -> None:
-        """Initialise as timm does, each scale of a gate by itself: PyTorch's fan-out is of all groups."""
+        """Initialise as timm does, and then the gates, each scale by itself."""
         super().init_weights(zero_init_last)
-        with torch.no_grad():
-            for module in self.modules():
-                if isinstance(module, Gate):
-                    module.fc1.weight.mul_(module.fc1.groups**0.5)
-                    module.fc2.weight.mul_(module.fc2.groups**0.5)
+        for module in self.modules():
+            if isinstance(module, Gate):
+                module.init_weights()
 
 
 def _create_resnet_msar(
