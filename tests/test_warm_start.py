@@ -1,16 +1,20 @@
 """Plain weights in an MS-SAR network: the same logits to the last bit, and gates that learn from there."""
 
+from functools import partial
+
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 from timm.models import load_checkpoint
+from timm.models.resnet import BasicBlock, ResNet
 from timm.optim import create_optimizer_v2
-from timm.utils import reparameterize_model
+from timm.utils import freeze, reparameterize_model
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
 from timm_msar import MultiScaleRecalibration, start_from_plain
+from timm_msar.resnet_msar import ResNetMsar
 
 PLAIN = {
     'resnet50_msar': 'resnet50',
@@ -248,3 +252,75 @@ def test_loaders_that_fill_in_missing_keys_with_the_networks_own():
     assert torch.equal(model(x), trained(x))
     model.load_state_dict(model.state_dict())
     assert torch.equal(model(x), trained(x))
+
+
+@pytest.mark.parametrize('left_out', [('.gate.',), ('.gate.', 'fc.')], ids=str)
+@pytest.mark.parametrize('name', ['cifar_resnet20_msar', 'cifar_densenet100_msar', 'resnext50_msar'])
+def test_a_trained_network_keeps_its_gates(name, left_out):
+    """Federated learning with local gates, or a part of a checkpoint: everything but the gates is loaded."""
+    torch.manual_seed(0)
+    model, other = timm.create_model(name), timm.create_model(name)
+    x = torch.randn(4, 3, 64, 64)
+    for network in (model, other):
+        optimizer = torch.optim.SGD(network.parameters(), lr=0.01)
+        network(x).square().sum().backward()
+        optimizer.step()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    part = {k: v.clone() for k, v in other.state_dict().items() if not any(word in k for word in left_out)}
+    expected = {**before, **part}
+    with pytest.raises(RuntimeError, match=r'Missing key\(s\)'):
+        model.load_state_dict(part)
+    assert all(
+        '.gate.' in key or key.startswith('fc.') for key in model.load_state_dict(part, strict=False).missing_keys
+    )
+    torch.testing.assert_close(model.state_dict(), expected, rtol=0, atol=0)
+    for copies in ({k: v.clone() for k, v in model.state_dict().items()}, model.state_dict()):
+        copies.update(part)
+        model.load_state_dict(copies)
+        torch.testing.assert_close(model.state_dict(), expected, rtol=0, atol=0)
+    set_model_state_dict(model, part, options=StateDictOptions(full_state_dict=True, strict=False))
+    torch.testing.assert_close(model.state_dict(), expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize('steps', ['warm', 'batch', 'one image', 'frozen', 'folded'])
+def test_which_gates_are_still_to_be_completed(steps):
+    """Those of a warm start, but not those that have seen a batch, or whose norms have learned from one image alone."""
+    source, model, x = plain('cifar_resnet20_msar'), timm.create_model('cifar_resnet20_msar'), torch.randn(4, 3, 32, 32)
+    if steps != 'one image':
+        model.load_state_dict(source.state_dict())
+    if steps == 'frozen':
+        freeze(model, [f'{name}.gate' for name, m in model.named_modules() if isinstance(m, MultiScaleRecalibration)])
+    if steps in ('batch', 'one image'):
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+        model(x if steps == 'batch' else x[:1]).square().sum().backward()
+        optimizer.step()
+    if steps == 'folded':
+        model = reparameterize_model(model)
+    if steps in ('batch', 'one image'):
+        with pytest.raises(RuntimeError, match=r'Missing key\(s\)'):
+            model.load_state_dict(source.state_dict())
+        start_from_plain(model, source.state_dict())  # which says what is wanted
+    else:
+        model.load_state_dict(source.state_dict())
+    assert torch.equal(model.eval()(x), source(x))
+
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float64])
+def test_assigned_weights_give_the_gates_their_dtype(dtype):
+    source, x = plain('cifar_resnet20_msar').to(dtype), torch.randn(2, 3, 32, 32, dtype=dtype)
+    model = timm.create_model('cifar_resnet20_msar').eval()
+    model.load_state_dict(source.state_dict(), assign=True)
+    assert {t.dtype for t in model.state_dict().values()} == {dtype, torch.int64}
+    assert torch.equal(model(x), source(x))
+
+
+def test_a_block_that_is_not_known_is_not_completed():
+    """Its gates would be closed, and nothing doubled."""
+
+    class Block(BasicBlock):
+        pass
+
+    layer = partial(MultiScaleRecalibration, rd_ratio=0.375)
+    model = ResNetMsar(Block, (1, 1, 1, 1), num_classes=3, block_args={'attn_layer': layer})
+    with pytest.raises(RuntimeError, match=r'Missing key\(s\)'):
+        model.load_state_dict(ResNet(BasicBlock, (1, 1, 1, 1), num_classes=3).state_dict())

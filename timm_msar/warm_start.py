@@ -60,38 +60,57 @@ def start_from_plain(model: nn.Module, state_dict: dict[str, Tensor]) -> None:
             'the network does not compute what it computed with them.'
         )
     completed = {key: value for key, value in state_dict.items() if key not in of_se}
-    complete_gates(model, completed, '')
+    complete_gates(model, completed, '', trained_too=True)
     model.load_state_dict(completed)
 
 
-def complete_gates(model: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
+def complete_gates(
+    model: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: Any, trained_too: bool = False
+) -> None:
     """Complete a state dict of the plain network; for `register_load_state_dict_pre_hook` of a network.
 
     A state dict with some of the gates, or without what stands next to all of them, is for PyTorch to judge. So is one
-    for a network on the meta device, whose gates have no weights yet. Some loaders, such as PyTorch's
-    `set_model_state_dict`, put the network's own tensors where keys are missing: these gates count as missing.
+    for a network whose gates are trained: neither as the constructor made them nor closed. And one for a network on the
+    meta device, whose gates have no weights yet. Some loaders, such as PyTorch's `set_model_state_dict`, put the
+    network's own tensors where keys are missing: these gates count as missing.
 
     Args:
         model: The network that loads.
         state_dict: What it loads; gate weights are added to it, and the weights next to the gates replaced.
         prefix: The network's name in `state_dict`.
+        trained_too: Close gates that are trained, too.
     """
     layers, own = _layers(model), {f'{prefix}{key}': value for key, value in model.state_dict().items()}
-    gates = [f'{prefix}{name}.{key}' for name, layer in layers.items() for key in layer.state_dict()]
-    doubled = [f'{prefix}{key}' for name in layers for key in _doubled(model, name)]
+    gates = {f'{prefix}{name}.{key}': name for name, layer in layers.items() for key in layer.state_dict()}
+    doubled = {name: [f'{prefix}{key}' for key in _doubled(model, name)] for name in layers}
 
     def is_missing(key: str) -> bool:
         return key not in state_dict or state_dict[key].data_ptr() == own[key].data_ptr()
 
-    if any(own[key].is_meta or not is_missing(key) for key in gates) or any(map(is_missing, doubled)):
+    if any(own[key].is_meta or not is_missing(key) for key in gates):
         return
-    for key in doubled:
+    if not all(keys and not any(map(is_missing, keys)) for keys in doubled.values()):
+        return
+    if not trained_too and any(map(_is_trained, layers.values())):
+        return
+    for key in (key for keys in doubled.values() for key in keys):
         state_dict[key] = 2 * state_dict[key]
-    for key in gates:
-        owner = key.rpartition('.')[0]
+    for key, name in gates.items():
+        owner, beside = key.rpartition('.')[0], state_dict[doubled[name][0]]
         folded = owner.endswith('.fc2') and f'{owner}.bias' in gates  # bn2 is in fc2
         closed = folded or key.endswith(('bn2.weight', 'bn2.bias'))
-        state_dict[key] = torch.zeros_like(own[key]) if closed else own[key]
+        value = torch.zeros_like(own[key]) if closed else own[key]
+        # With assign=True these very tensors become the network's.
+        state_dict[key] = value.to(beside.device, beside.dtype if value.is_floating_point() else None)
+
+
+def _is_trained(layer: MultiScaleRecalibration) -> bool:
+    """Whether the norms, or the biases they are folded into, are neither as they were made nor closed in the end."""
+    gate: Any = layer.gate[0]
+    norms = {key: value for key, value in gate.state_dict().items() if key.startswith('bn') or key.endswith('bias')}
+    is_new = all((value == key.endswith(('weight', 'running_var'))).all() for key, value in norms.items())
+    last = gate.bn2.state_dict() or gate.fc2.state_dict()
+    return not is_new and any(last[key].any() for key in ('weight', 'bias'))
 
 
 def _layers(model: nn.Module) -> dict[str, MultiScaleRecalibration]:
