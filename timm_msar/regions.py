@@ -160,7 +160,7 @@ def _array(double: bool, height: int, width: int, of_rows: tuple, of_cols: tuple
     for size, scales in ((height, of_rows), (width, of_cols)):
         cells, scale = math.lcm(*scales), np.array(scales)[:, None]
         members = np.arange(cells)[:, None, None] * scale // cells == np.arange(size) * scale // size
-        axes.append(members / members.sum(2, keepdims=True) if mean else members)
+        axes.append(members / np.add.reduce(members, 2, keepdims=True) if mean else members)  # sum imports when called
     product = axes[0][:, None, :, :, None] * axes[1][:, :, None]
     return product.reshape(1, -1, height * width).astype(np.float64 if double else np.float32)
 
