@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 from timm.models import load_checkpoint
+from timm.models.resnet import BasicBlock
 from timm.optim import create_optimizer_v2
 from timm.utils import reparameterize_model
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
@@ -162,6 +163,22 @@ def test_what_cannot_start_exactly_is_an_error():
     block.conv2, block.se = torch.nn.Conv2d(3, 8, 1), MultiScaleRecalibration(8)
     with pytest.raises(ValueError, match=r'0\.se is in a block Sequential'):
         start_from_plain(torch.nn.Sequential(block), {})
+
+    class Moved(BasicBlock):
+        def forward(self, x):  # may have the layer elsewhere
+            return super().forward(x)
+
+    with pytest.raises(ValueError, match=r'layer1\.0\.se is in a block Moved'):
+        start_from_plain(timm.create_model('resnet18_msar', block=Moved), {})
+
+
+def test_a_block_whose_class_was_changed_as_fully_shard_does_starts_too():
+    source, x = plain('cifar_resnet20_msar'), torch.randn(1, 3, 32, 32)
+    model = timm.create_model('cifar_resnet20_msar').eval()
+    for block in model.stages[0]:
+        block.__class__ = type('Sharded', (type(block),), {})
+    start_from_plain(model, source.state_dict())
+    assert torch.equal(model(x), source(x))
 
 
 def test_a_complete_checkpoint_is_loaded_as_it_is():

@@ -21,7 +21,8 @@ from .recalibration import MultiScaleRecalibration
 
 _logger = logging.getLogger(__name__)
 
-# timm's own blocks have their attention layer behind these norms, and add the shortcut to its output.
+# What is doubled next to a block's layer; the module of a network adds its own block. timm's blocks have the layer
+# behind these norms, and add the shortcut to its output.
 DOUBLED: dict[type[nn.Module], tuple[str, ...]] = {
     BasicBlock: ('bn2.weight', 'bn2.bias'),
     Bottleneck: ('bn3.weight', 'bn3.bias'),
@@ -101,6 +102,7 @@ def _layers(model: nn.Module) -> dict[str, MultiScaleRecalibration]:
 def _doubled(model: nn.Module, layer: str) -> list[str]:
     """Names of the weights to double for a layer; none where it is not known."""
     name = layer.rpartition('.')[0]
-    block = model.get_submodule(name)
-    weights = getattr(block, 'doubled_in_warm_start', None) or DOUBLED.get(type(block), ())
-    return [f'{name}.{weight}' for weight in weights]
+    block = type(model.get_submodule(name))
+    # A subclass with the same forward is the same: fully_shard makes one of each block.
+    known = [weights for cls, weights in DOUBLED.items() if issubclass(block, cls) and block.forward is cls.forward]
+    return [f'{name}.{weight}' for weight in known[0]] if known else []
