@@ -68,7 +68,7 @@ def test_a_closed_pipe_and_a_full_disk():
     [
         (CommandError('a name\nwith a \x1b'), r'a name with a \x1b'),
         (FileNotFoundError(2, 'No such file or directory', 'x'), "No such file or directory: 'x'"),
-        (ModuleNotFoundError('x', name='matplotlib'), 'matplotlib is missing; run pip install "timm-msar[demo]"'),
+        (ModuleNotFoundError('x', name='matplotlib'), 'matplotlib is missing; run pip install matplotlib scikit-learn'),
         (RuntimeError('Error(s) in loading:\n\tsize mismatch'), 'RuntimeError: Error(s) in loading: size mismatch'),
     ],
 )

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import yaml
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from PIL import Image
 from timm.utils import update_summary
 
@@ -69,6 +70,16 @@ def test_lines_are_means_and_bands_are_ranges(three_seeds, tmp_path, monkeypatch
     loss, _, validation_loss, _, error, (low, high) = drawn
     assert loss == pytest.approx([0.18, 0.08, 0.08]) and validation_loss == pytest.approx([0.36, 0.16, 0.16])
     assert error == [18, 8, 8] and low.tolist() == [16, 7, 6] and high.tolist() == [20, 9, 10]
+
+
+def test_the_legend_speaks_of_means_only_where_there_are_some(three_seeds, tmp_path, monkeypatch):
+    figures, save = [], Figure.savefig
+    monkeypatch.setattr(Figure, 'savefig', lambda self, *args, **kw: figures.append(self) or save(self, *args, **kw))
+    for runs, title in ((three_seeds, 'mean and range of n runs'), (three_seeds[:1], '')):
+        curves.draw(curves.read_runs(runs), tmp_path / 'picture.png')
+        (legend,) = figures.pop().legends
+        assert legend.get_title().get_text() == title
+        assert [text.get_text() for text in legend.get_texts()] == [f'cifar_resnet20_msar, n = {len(runs)}']
 
 
 @pytest.mark.parametrize('regime', sorted({path.name.partition('-')[0] for path in RESULTS.iterdir()}))

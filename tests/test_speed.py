@@ -3,6 +3,7 @@
 import re
 from collections import Counter
 from functools import partial
+from statistics import median, quantiles
 
 import timm
 import torch
@@ -52,14 +53,27 @@ def test_every_network_runs_as_the_options_say(monkeypatch, capsys):
 
     monkeypatch.setattr(torch, 'compile', compiled)
     monkeypatch.setattr(timm, 'create_model', partial(timm.create_model, layers=(1, 1, 1, 1)))  # made sooner
-    words = 'speed resnet18_msar --device cpu --rounds 1 --img-size 64 --batch-size 2 --amp --compile some-mode'
+    timed, measure = [], speed.measure
+    monkeypatch.setattr(speed, 'measure', lambda networks, rounds: (timed.extend(networks), measure(networks, rounds)))
+    words = 'speed resnet18_msar --device cpu --rounds 3 --img-size 64 --batch-size 2 --amp --compile some-mode'
     with torch.nn.modules.module.register_module_forward_hook(note):
         assert main(words.split()) == 0
     out = capsys.readouterr().out
-    # Of four networks a first call, a count and one round.
-    assert calls == {(False, torch.bfloat16, True): 12, (True, torch.bfloat16, True): 12}
-    assert 'batch 2, 64 px, channels_last, bfloat16 autocast, compiled (some-mode), medians in 1 rounds, on cpu' in out
-    row = r'^\| (\w*res.*?) \| [\d.]+ \| ([\d.]+) \| \d+ \| [\d.]+ \| ([\d.]+) \| \d+ \| \d+ \|$'
-    names, *ratios = zip(*re.findall(row, out, re.M))
+    # Of four networks a first call, a count and three rounds.
+    assert calls == {(False, torch.bfloat16, True): 20, (True, torch.bfloat16, True): 20}
+    assert 'batch 2, 64 px, channels_last, bfloat16 autocast, compiled (some-mode), medians in 3 rounds, on cpu' in out
+    cell = r' ([\d.]+) \| ([\d.]+) \(([\d.]+) to ([\d.]+)\) \| \d+ \|'
+    names, *columns = zip(*re.findall(rf'^\| (\w*res.*?) \|{cell}{cell} \d+ \|$', out, re.M))
     assert names == ('resnet18', 'seresnet18', 'resnet18_msar, scales=[1]', 'resnet18_msar')
-    assert [ratio[1] for ratio in ratios] == ['1.00', '1.00']
+    for number, one in enumerate(timed):
+        for training, (ms, ratio, *ends) in enumerate((columns[:4], columns[4:])):
+            assert float(ms[number]) == round(1e3 * median(one.seconds[training]), 2)
+            assert ratio[number] == f'{float(ms[number]) / float(ms[1]):.2f}'
+            ratios = [a / b for a, b in zip(one.seconds[training], timed[1].seconds[training])]
+            low, _, high = quantiles(ratios, method='inclusive')
+            assert [end[number] for end in ends] == [f'{low:.2f}', f'{high:.2f}']
+
+
+def test_a_network_that_has_no_plain_one_in_timm(capsys):
+    assert main(['speed', 'resnet18_msar', 'cifar_resnet20_msar']) == 1
+    assert 'error: cifar_resnet20_msar is none of resnet18_msar, resnet34_msar' in capsys.readouterr().err
