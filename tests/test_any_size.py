@@ -57,15 +57,6 @@ def test_scripted_and_trained_then_evaluated():
             scripted(torch.randn(4, 3, 30, 30))
 
 
-def test_what_converters_cannot_take_is_not_exported():
-    """coremltools 9.0 has no bitwise `and`; litert-torch 0.10 has no mean with a type."""
-    exported = torch.export.export(network(), (torch.randn(2, 3, 224, 224),))
-    assert not any('arange' in str(node.target) for node in exported.graph.nodes)  # matrices are constants
-    for node in exported.graph.nodes:
-        assert '__and__' not in str(node.target)
-        assert not ('mean' in str(node.target) and node.kwargs.get('dtype')), node.format_node()
-
-
 def test_exported_with_symbolic_sizes():
     model = network()
     dims = {2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC}
