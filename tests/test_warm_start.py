@@ -5,7 +5,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
-from test_networks import KINDS, NETWORKS
+from test_networks import KINDS, NETWORKS, layers_of, randomise
 from timm.models import load_checkpoint
 from timm.models.resnet import BasicBlock
 from timm.optim import create_optimizer_v2
@@ -19,21 +19,6 @@ def plain(name, **kwargs):
     """The plain network of one with MS-SAR."""
     torch.manual_seed(0)
     return randomise(timm.create_model(NETWORKS[name][0], **kwargs)).eval()
-
-
-def randomise(model):
-    """Give a network weights and running statistics of its norms that are nothing special."""
-    for module in model.modules():
-        if isinstance(module, torch.nn.BatchNorm2d):
-            module.weight.data.uniform_(0.5, 1.5)
-            module.bias.data.normal_(std=0.2)
-            module.running_mean.normal_(std=0.2)
-            module.running_var.uniform_(0.5, 2)
-    return model
-
-
-def layers_of(model):
-    return [m for m in model.modules() if isinstance(m, MultiScaleRecalibration)]
 
 
 @pytest.mark.parametrize('name', KINDS)
