@@ -74,6 +74,7 @@ def test_the_names_of_the_classes_belong_to_these_weights_alone(tmp_path):
     assert names() is names(num_classes=10) is names(pretrained=True, num_classes=5) is names(SHIPPED[1]) is None
     assert 'label_names' not in timm.create_model(**resolve_model_input_args('cifar_resnet20')).pretrained_cfg
     others = [f'animal {i}' for i in range(10)]
+    assert names(pretrained_cfg={'label_names': others}) is None  # as of another tag
     assert names(pretrained_cfg_overlay={'label_names': others}) == others
     save_for_hf(timm.create_model('cifar_resnet20_msar'), tmp_path, model_config={'label_names': others})
     assert names(f'local-dir:{tmp_path}') == names(f'local-dir:{tmp_path}', pretrained=True) == others

@@ -132,8 +132,7 @@ class CifarDenseNet(CifarNet):
         super().__init__(stem, stages, feature_chs, in_chans=in_chans, **dd, **kwargs)
 
 
-def _create_cifar_densenet(variant: str, pretrained: bool, **kwargs) -> CifarDenseNet:
-    return create_cifar_net(CifarDenseNet, variant, pretrained, **kwargs)
+_create_cifar_densenet = partial(create_cifar_net, CifarDenseNet)
 
 
 def _create_cifar_densenet_msar(

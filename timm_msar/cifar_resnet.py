@@ -89,8 +89,7 @@ def _projection(in_channels: int, out_channels: int, stride: int, **dd) -> nn.Se
     )
 
 
-def _create_cifar_resnet(variant: str, pretrained: bool, **kwargs) -> CifarResNet:
-    return create_cifar_net(CifarResNet, variant, pretrained, **kwargs)
+_create_cifar_resnet = partial(create_cifar_net, CifarResNet)
 
 
 def _create_cifar_resnet_msar(
