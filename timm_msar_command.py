@@ -82,7 +82,7 @@ def _sentence(error: BaseException) -> str:
     """What is wrong, in one line of printable characters."""
     text = ' '.join(str(error).split())[:1000]
     if isinstance(error, ModuleNotFoundError) and error.name in ('matplotlib', 'sklearn'):
-        text = f'{error.name} is missing; run pip install "timm-msar[demo]"'
+        text = f'{error.name} is missing; run pip install matplotlib scikit-learn'
     elif isinstance(error, OSError) and error.strerror:
         text = text.removeprefix(f'[Errno {error.errno}] ')
     elif type(error).__name__ != 'CommandError':

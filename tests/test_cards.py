@@ -113,7 +113,7 @@ def test_every_block_opens_an_image_that_fits_the_network(tmp_path):
     assert 'Image size: 24 x 32\n' in card
 
 
-def test_data_sets_are_known_by_what_they_hold_not_by_their_names(tmp_path, monkeypatch):
+def test_data_sets_are_known_by_what_they_hold_not_by_their_names(tmp_path):
     def folder(name, classes, facts=None):
         for split in ('train', 'validation'):
             for label in classes:
@@ -135,8 +135,6 @@ def test_data_sets_are_known_by_what_they_hold_not_by_their_names(tmp_path, monk
 
     synsets = timm.data.ImageNetInfo().label_names()
     assert training_data(folder('ilsvrc', synsets), 1000)[:2] == ('ilsvrc', None)  # an excerpt of it
-    monkeypatch.setattr('timm_msar.cli.card_data.IMAGENET_IMAGES', 1000)
-    assert training_data({'data_dir': str(tmp_path / 'ilsvrc')}, 1000).hub_id == 'ILSVRC/imagenet-1k'
     for dataset, hub_id in (('hfds/timm/mini', 'timm/mini'), ('torch/cifar100', 'uoft-cs/cifar100')):
         assert training_data({'dataset': dataset, 'data_dir': 'a'}, 100).hub_id == hub_id
     assert training_data({'data_dir': str(tmp_path / 'gone')}, 5)[:2] == ('gone', None)

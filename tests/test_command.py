@@ -5,14 +5,14 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
 import timm_msar
-from timm_msar.cli import speed
-from timm_msar.cli.errors import CommandError
 from timm_msar_command import COMMANDS, main
 
+RUN = next((Path(__file__).parents[1] / 'docs' / 'results').iterdir())
 START = 'import sys; from timm_msar_command import main; sys.exit(main())'
 
 
@@ -64,22 +64,22 @@ def test_a_closed_pipe_and_a_full_disk():
 
 
 @pytest.mark.parametrize(
-    ('error', 'sentence'),
+    ('words', 'sentence'),
     [
-        (CommandError('a name\nwith a \x1b'), r'a name with a \x1b'),
-        (FileNotFoundError(2, 'No such file or directory', 'x'), "No such file or directory: 'x'"),
-        (ModuleNotFoundError('x', name='matplotlib'), 'matplotlib is missing; run pip install "timm-msar[demo]"'),
-        (RuntimeError('Error(s) in loading:\n\tsize mismatch'), 'RuntimeError: Error(s) in loading: size mismatch'),
+        (['curves', 'a\nb\x1b'], r'there is no file a b\x1b/args.yaml'),
+        (['curves', str(RUN)], 'matplotlib is missing; run pip install matplotlib scikit-learn'),
+        (['speed', '--device', 'a\nb'], "RuntimeError: Invalid device string: 'a b'"),
     ],
 )
-def test_sentences_and_tracebacks(error, sentence, monkeypatch, capsys):
-    def fail(args):
-        raise error
-
-    monkeypatch.setattr(speed, 'main', fail)
-    assert main(['speed']) == 1
-    assert capsys.readouterr().err == f'timm-msar speed: error: {sentence}\n'
-    for words in (['--traceback', 'speed'], ['speed', '--traceback']):
-        assert main(words) == 1
+def test_sentences_and_tracebacks(words, sentence, tmp_path, monkeypatch, capsys):
+    (tmp_path / 'matplotlib.py').write_text('raise ModuleNotFoundError(name="matplotlib")')  # as if it was not there
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in [name for name in sys.modules if name.startswith('matplotlib')]:
+        monkeypatch.delitem(sys.modules, name)
+    expected = f'timm-msar {words[0]}: error: {sentence}\n'
+    assert main(words) == 1
+    assert capsys.readouterr().err == expected
+    for given in (['--traceback', *words], [*words, '--traceback']):
+        assert main(given) == 1
         traceback = capsys.readouterr().err
-        assert traceback.startswith('Traceback') and traceback.endswith(f'\ntimm-msar speed: error: {sentence}\n')
+        assert traceback.startswith('Traceback') and traceback.endswith(f'\n{expected}')

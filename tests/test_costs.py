@@ -5,6 +5,7 @@ import runpy
 from pathlib import Path
 
 import pytest
+import slow_reference
 import torch
 
 from timm_msar import MultiScaleRecalibration
@@ -13,12 +14,15 @@ from timm_msar.cli.multiply_adds import multiply_adds
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.mark.parametrize(('strategy', 'gates'), [('regional', 1 + 4 + 6), ('sliding', 3 * 2 * 3)])
-def test_counted_by_hand(strategy, gates):
-    """A 3×3 convolution in 2 groups, gates of 2×3 pixels at three scales with D' = 2, and a linear layer."""
+@pytest.mark.parametrize('strategy', ['regional', 'sliding'])
+@pytest.mark.parametrize('size', [(2, 3), (7, 5)], ids=str)
+def test_counted_by_hand(size, strategy):
+    """A 3×3 convolution in 2 groups, gates with D' = 2 of each region that the paper's loops find, a linear layer."""
     conv, layer = torch.nn.Conv2d(4, 6, 3, padding=1, groups=2), MultiScaleRecalibration(6, strategy=strategy)
     head = torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(6, 5)
-    assert multiply_adds(torch.nn.Sequential(conv, layer, *head), (4, 2, 3)) == 648 + 2 * (6 + 6) * gates + 6 * 5
+    regions = sum(len(slow_reference.coordinate_sets(*size, k, strategy)[0]) for k in (1, 2, 4))
+    expected = 6 * 2 * 9 * size[0] * size[1] + 2 * (6 + 6) * regions + 6 * 5
+    assert multiply_adds(torch.nn.Sequential(conv, layer, *head), (4, *size)) == expected
 
 
 def test_the_table_explains_every_difference_and_stands_in_the_docs(capsys):

@@ -129,10 +129,11 @@ def test_the_first_images_of_each_class(fashion, capsys):
     assert error == '--per-class 5 is more than the 4 training images of a class'
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not data.DEBIAN_FASHION_MNIST.is_dir(), reason="needs Debian's package dataset-fashion-mnist")
-def test_real_fashion_mnist(tmp_path):
-    _, splits = data._load('fashion_mnist', None, tmp_path)
-    assert [len(labels) for _, labels, _ in splits.values()] == [60000, 10000]
+def test_real_fashion_mnist(tmp_path, capsys):
+    run('fashion_mnist', tmp_path / 'root', '--per-class', 1)
+    assert '10 training, 10000 validation images' in capsys.readouterr().out
 
 
 def loaded(dataset, **kwargs):

@@ -24,13 +24,17 @@ def digits(monkeypatch):
     return few
 
 
-def test_weights_follow_from_the_digits_that_are_not_held_out(digits, tmp_path, capsys):
+def test_weights_follow_from_the_digits_that_are_not_held_out(digits, tmp_path, capsys, monkeypatch):
+    looks, draw = [], demo.draw
+    monkeypatch.setattr(demo, 'draw', lambda seen, *args: (looks.extend(seen), draw(seen, *args)))
+
     def run(name):
         output = tmp_path / name
         assert main(['demo', '--output', str(output), '--epochs', '2']) == 0
         out, err = capsys.readouterr()
         assert err == ''  # no progress bar where there is no terminal
-        accuracy = re.search(r'^held-out accuracy +([\d.]+) % after 2 epochs', out, re.M)[1]
+        assert "cifar_resnet20_msar, trained on 80 of scikit-learn's handwritten digits\n" in out
+        accuracy = re.search(r'^held-out accuracy +([\d.]+) % of the 20 other digits, after 2 epochs', out, re.M)[1]
         assert Image.open(output / 'gates.png').width > 1000
         return load_file(output / 'weights' / 'model.safetensors'), float(accuracy)
 
@@ -47,6 +51,8 @@ def test_weights_follow_from_the_digits_that_are_not_held_out(digits, tmp_path, 
     with torch.no_grad():
         predicted = model(images).argmax(1).numpy()
     assert accuracy == 100 * (predicted == digits.target[4::5]).mean()
+    said = [seen.prediction.partition(' (')[0] for seen in looks]
+    assert said == [f'label: {y}\n{p}' for y, p in zip(digits.target[4::5], predicted)][:16:2]
     digits.target[4::5] = predicted
     again, accuracy = run('b')
     assert accuracy == 100 and all(torch.equal(value, weights[name]) for name, value in again.items())

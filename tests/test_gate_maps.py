@@ -91,7 +91,6 @@ def test_one_forward_pass_that_changes_nothing():
         gates(model, images[:, :2])
     assert [module.training for module in model.modules()] == modes
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
-    assert not any(module._forward_pre_hooks for module in model.modules())
     found['stages.2.2.se'] * torch.ones(1, requires_grad=True)  # no inference tensor: may be used under autograd
 
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 from timm.models import save_for_hf
 from trained_run import CLASSES, make_run, weights
@@ -46,7 +47,7 @@ def test_a_look_is_what_the_network_computes(network):
     seen = gates.look(Network('', model, config, CLASSES), x)
     with torch.no_grad():
         probability, index = model(x).softmax(1).max(1)
-    assert seen.prediction == f'{CLASSES[index]} ({probability.item():.0%})'
+    assert seen.prediction == f'{CLASSES[index]} ({probability.item():.3%})'
     # 40×60 is resized to 32×48, of which the middle 32 columns are seen
     shown = Image.fromarray(COLORS).resize((48, 32), Image.Resampling.BILINEAR).crop((8, 0, 40, 32))
     np.testing.assert_allclose(seen.image, np.asarray(shown) / 255, atol=1e-6)
@@ -69,6 +70,27 @@ def test_the_last_layer_of_each_stage():
     network = Network('', model, {'mean': (0, 0, 0), 'std': (1, 1, 1)}, range(1000))
     seen = gates.look(network, torch.randn(1, 3, 32, 32))
     assert list(seen.maps) == ['layer1.0.se', 'layer2.1.se', 'layer3.0.se', 'layer4.0.se']
+
+
+def test_captions_tell_how_far_gates_moved_and_stand_apart_from_titles(tmp_path, monkeypatch):
+    figures, save = [], Figure.savefig
+    monkeypatch.setattr(Figure, 'savefig', lambda self, *args, **kw: figures.append(self) or save(self, *args, **kw))
+
+    def drawn(*maps):
+        looks = [gates.Look(np.zeros((4, 4)), 'label\nprediction', {'layer': [('a', z), ('b', z)]}) for z in maps]
+        gates.draw(looks, 'title', tmp_path / 'gates.png')
+        return [figure_axes.get_xlabel() for figure_axes in figures[-1].axes[1:-1:3]], figures[-1].get_suptitle()
+
+    closed, moved, trained, broken = (
+        np.array(2 * [row]) for row in ((0.5,) * 2, (0.5, 0.500123), (0.3004, 0.5321), (0.5, np.nan))
+    )
+    captions, title = drawn(closed, moved)
+    assert captions == ['0.500000', '0.500000 to 0.500123']
+    assert title.endswith(' No gate shown is further than 0.00012 from 0.5, where a warm start begins.')
+    captions, title = drawn(moved, trained, broken)
+    assert captions == ['0.500000 to 0.500123', '0.300 to 0.532', 'nan'] and 'further' not in title
+    above, below = figures[-1].axes[1].xaxis.label.get_window_extent(), figures[-1].axes[4].title.get_window_extent()
+    assert above.y0 - below.y1 > 5  # pixels
 
 
 def test_the_images_of_a_folder_that_can_be_read_are_drawn(network, photo, tmp_path, capsys):

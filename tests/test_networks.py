@@ -1,6 +1,7 @@
 """Every network as a timm model: arguments, features, tools, and the formats that models are taken to."""
 
 import json
+import re
 
 import pytest
 import timm
@@ -10,13 +11,23 @@ import torch.nn.functional as F
 from timm.layers import BlurPool2d
 from timm.models import group_parameters, save_for_hf
 
-import timm_msar
 from timm_msar import MultiScaleRecalibration
 
-NAMES = sorted({*timm.list_models('*_msar'), *timm.list_models('cifar_*')})
-# One of each class; the others differ in depth and width alone.
-KINDS = ['cifar_resnet20_msar', 'cifar_densenet100_msar', 'resnet18_msar', 'resnext50_msar']
-SMALL = KINDS[:3]
+NETWORKS = {  # the plain network, blocks, stages
+    'resnet18_msar': ('resnet18', 8, 4),
+    'resnet34_msar': ('resnet34', 16, 4),
+    'resnet50_msar': ('resnet50', 16, 4),
+    'resnext50_msar': ('resnext50_32x4d', 16, 4),
+    'cifar_resnet20_msar': ('cifar_resnet20', 9, 3),
+    'cifar_resnet32_msar': ('cifar_resnet32', 15, 3),
+    'cifar_resnet56_msar': ('cifar_resnet56', 27, 3),
+    'cifar_densenet100_msar': ('cifar_densenet100', 48, 3),
+    'cifar_densenet190_msar': ('cifar_densenet190', 93, 3),
+}
+CIFAR = [name for row in NETWORKS.items() for name in (row[0], row[1][0]) if name.startswith('cifar')]
+# The first of each family; the others differ in depth and width alone.
+KINDS = list({re.sub(r'\d', '', name): name for name in reversed(NETWORKS)}.values())
+SMALL = [name for name in KINDS if name != 'resnext50_msar']  # which differs from resnet18_msar in its block alone
 
 
 def create(name, seed=0, **kwargs):
@@ -29,37 +40,47 @@ def images(name, batch=2, chans=3):
     return torch.randn(batch, chans, *((32, 32) if name.startswith('cifar') else (64, 96)))
 
 
+def randomise(model):
+    """Give norms weights that are nothing special: timm starts the last of each block at 0, which hides the gates."""
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.weight.data.uniform_(0.5, 1.5)
+            module.bias.data.normal_(std=0.2)
+            module.running_mean.normal_(std=0.2)
+            module.running_var.uniform_(0.5, 2)
+    return model
+
+
 def layers_of(model):
     return [m for m in model.modules() if isinstance(m, MultiScaleRecalibration)]
 
 
-def test_the_names_of_the_design():
-    assert set(NAMES) == {
-        *('resnet18_msar', 'resnet34_msar', 'resnet50_msar', 'resnext50_msar'),
-        *(f'cifar_resnet{n}{suffix}' for n in (20, 32, 56) for suffix in ('', '_msar')),
-        *(f'cifar_densenet{n}{suffix}' for n in (100, 190) for suffix in ('', '_msar')),
-    }
+def test_every_network_is_tested():
+    assert {*timm.list_models('*_msar'), *timm.list_models('cifar_*')} == {*NETWORKS, *CIFAR}
 
 
-def test_images_are_prepared_as_for_the_plain_network():
-    for tag in timm.list_pretrained('resne*_msar*'):
+def test_every_warm_tag_prepares_images_as_the_plain_network_whose_weights_it_takes():
+    tags = timm.list_pretrained('*_msar.warm_*')
+    assert {tag.partition('.')[0] for tag in tags} == {name for name in NETWORKS if name not in CIFAR}
+    fields = 'mean std input_size test_input_size crop_pct test_crop_pct crop_mode pool_size interpolation num_classes'
+    for tag in tags:
         cfg = timm.get_pretrained_cfg(tag)
         source = timm.get_pretrained_cfg(cfg.hf_hub_id.removeprefix('timm/'))
-        for field in ('test_input_size', 'test_crop_pct', 'pool_size', 'crop_mode'):
+        assert cfg.hf_hub_id == f'timm/{source.architecture}.{source.tag}'
+        assert source.architecture == NETWORKS[cfg.architecture][0]
+        for field in fields.split():
             assert getattr(cfg, field) == getattr(source, field), (tag, field)
+        assert cfg.license == (source.license or 'apache-2.0')
         if timm.get_pretrained_cfg(cfg.architecture).tag == cfg.tag:  # without a tag both have the same weights
             assert timm.get_pretrained_cfg(source.architecture).tag == source.tag
-    for name in NAMES:
-        if name.startswith('cifar'):
-            cfg = timm.get_pretrained_cfg(name)  # of CIFAR-10, as most have it
-            assert (cfg.mean, cfg.std) == ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)), name
+    for name in CIFAR:
+        cfg = timm.get_pretrained_cfg(name)  # of CIFAR-10, as most have it
+        assert (cfg.mean, cfg.std) == ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)), name
 
 
-@pytest.mark.parametrize('name', [n for n in NAMES if n.endswith('_msar')])
+@pytest.mark.parametrize('name', NETWORKS)
 def test_a_layer_in_every_block(name):
-    model = create(name, device='meta')
-    blocks = {'20': 9, '32': 15, '56': 27, '100': 48, '190': 93, '18': 8, '34': 16, '50': 16}
-    assert len(layers_of(model)) == next(n for depth, n in blocks.items() if name.endswith(f't{depth}_msar'))
+    assert len(layers_of(create(name, device='meta'))) == NETWORKS[name][1]
 
 
 @pytest.mark.parametrize('name', KINDS)
@@ -138,7 +159,7 @@ def test_features(name):
     assert torch.equal(early[0], features[1])
 
 
-@pytest.mark.parametrize('name', [n for n in NAMES if n.startswith('cifar')])
+@pytest.mark.parametrize('name', CIFAR)
 def test_cifar_features_are_one_a_stride(name):
     """Decoders such as segmentation_models.pytorch's take a network apart by these numbers."""
     info = create(name, device='meta', features_only=True).feature_info
@@ -146,7 +167,7 @@ def test_cifar_features_are_one_a_stride(name):
     assert info.module_name() == ['stages.0', 'stages.1', 'stages.2']
 
 
-@pytest.mark.parametrize('name', [n for n in NAMES if n.startswith('cifar')])
+@pytest.mark.parametrize('name', CIFAR)
 @torch.no_grad()
 def test_the_children_without_the_last_are_the_network_without_its_classifier(name):
     model = create(name, drop_rate=0.5).eval()
@@ -269,17 +290,16 @@ def test_gradient_checkpointing_computes_every_block_twice_and_the_same(name):
         torch.testing.assert_close(a, b)
 
 
-@pytest.mark.parametrize('name', NAMES)
+@pytest.mark.parametrize('name', NETWORKS)
 def test_parameter_groups_follow_the_blocks(name):
-    model = create(name, device='meta')
-    fine = group_parameters(model, model.group_matcher(coarse=False), reverse=True)
-    coarse = group_parameters(model, model.group_matcher(coarse=True), reverse=True)
-    gates = [n for n in fine if '.se.' in n]
-    for gate in gates:
-        block = gate.split('.se.')[0]
-        assert fine[gate] == fine[next(n for n in fine if n.startswith(f'{block}.conv2'))]
-    stages = 4 if name.startswith('res') else 3
-    assert len(set(coarse.values())) == stages + 2  # the stem and the head
+    for network in {name, NETWORKS[name][0]} & {*NETWORKS, *CIFAR}:
+        model = create(network, device='meta')
+        fine = group_parameters(model, model.group_matcher(coarse=False), reverse=True)
+        coarse = group_parameters(model, model.group_matcher(coarse=True), reverse=True)
+        for gate in (n for n in fine if '.se.' in n):
+            block = gate.split('.se.')[0]
+            assert fine[gate] == fine[next(n for n in fine if n.startswith(f'{block}.conv2'))]
+        assert len(set(coarse.values())) == NETWORKS[name][2] + 2  # the stem and the head
 
 
 @pytest.mark.parametrize(
@@ -335,7 +355,3 @@ def test_bad_input(name):
     for kwargs in ({'scales': []}, {'strategy': 'x'}):
         with pytest.raises(ValueError, match=next(iter(kwargs))):
             create(name, **kwargs)
-
-
-def test_version():
-    assert timm_msar.__version__

@@ -30,7 +30,7 @@ def expected(path, model, **config):
     transform = timm.data.create_transform(**config)
     with torch.no_grad():
         probabilities = model.eval()(transform(Image.open(path).convert('RGB'))[None]).softmax(1)[0]
-    return [(f'{p:.1%}', i) for p, i in zip(*(x.tolist() for x in probabilities.sort(descending=True)))][:5]
+    return [(f'{p:.3%}', i) for p, i in zip(*(x.tolist() for x in probabilities.sort(descending=True)))][:5]
 
 
 def test_a_checkpoint_knows_its_network_its_images_and_its_classes(tmp_path, image, capsys):
@@ -38,7 +38,7 @@ def test_a_checkpoint_knows_its_network_its_images_and_its_classes(tmp_path, ima
     model = timm.create_model(NAME, num_classes=3)
     model.load_state_dict(weights(checkpoint))
     wanted = expected(image, model, input_size=(3, 24, 40), crop_pct=0.6, mean=(0.219,) * 3, std=(0.332,) * 3)
-    lines = [f'  {p:>6}  {CLASSES[i]}' for p, i in wanted]
+    lines = [f'  {p:>8}  {CLASSES[i]}' for p, i in wanted]
     assert run(image, '--checkpoint', checkpoint) == 0
     assert capsys.readouterr().out.splitlines() == [str(image), *lines]
 

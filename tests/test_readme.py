@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from timm_msar_command import main
+
 ROOT = Path(__file__).parents[1]
 README = (ROOT / 'README.md').read_text(encoding='utf-8')
 PAGES = [ROOT / 'README.md', *sorted((ROOT / 'docs').glob('*.md')), ROOT / 'train_configs' / 'README.md']
@@ -27,6 +29,10 @@ def test_the_example_prints_what_the_readme_shows(monkeypatch, capsys):
     code, printed = re.search(r'```python\n(.*?)```\n```\n(.*?)```', README, re.S).groups()
     exec(code, {})
     assert capsys.readouterr().out == printed
+    assert main(['predict', 'docs/sneaker.png', '--model', 'cifar_resnet20_msar']) == 0
+    assert [line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines()[1:4]] == [
+        line.split(maxsplit=1) for line in printed.splitlines()
+    ]
 
 
 def test_commands_are_understood():
@@ -41,7 +47,7 @@ def test_commands_are_understood():
 def test_trainings_are_understood(timm_scripts):
     parser = runpy.run_path(str(timm_scripts / 'train.py'))['parser']
     found = [words[words.index('train.py') + 1 :] for words in commands('python train.py |torchrun ')]
-    assert len(found) >= 15
+    assert len(found) >= 14
     for option, config, *words in found:
         recipe = yaml.safe_load((ROOT / config).read_text(encoding='utf-8'))
         assert option == '--config' and set(recipe) <= {action.dest for action in parser._actions}

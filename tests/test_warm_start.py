@@ -1,53 +1,28 @@
 """Plain weights in an MS-SAR network: the same logits to the last bit, and gates that learn from there."""
 
-from functools import partial
-
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
+from test_networks import KINDS, NETWORKS, layers_of, randomise
 from timm.models import load_checkpoint
-from timm.models.resnet import BasicBlock, ResNet
+from timm.models.resnet import BasicBlock
 from timm.optim import create_optimizer_v2
 from timm.utils import freeze, reparameterize_model
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+from torch.distributed.fsdp import fully_shard
 
 from timm_msar import MultiScaleRecalibration, start_from_plain
-from timm_msar.resnet_msar import ResNetMsar
-
-PLAIN = {
-    'resnet50_msar': 'resnet50',
-    'resnet18_msar': 'resnet18',
-    'resnet34_msar': 'resnet34',
-    'resnext50_msar': 'resnext50_32x4d',
-    'cifar_resnet20_msar': 'cifar_resnet20',
-    'cifar_densenet100_msar': 'cifar_densenet100',
-}
 
 
 def plain(name, **kwargs):
     """The plain network of one with MS-SAR."""
     torch.manual_seed(0)
-    return randomise(timm.create_model(PLAIN[name], **kwargs)).eval()
+    return randomise(timm.create_model(NETWORKS[name][0], **kwargs)).eval()
 
 
-def randomise(model):
-    """Give a network weights and running statistics of its norms that are nothing special."""
-    for module in model.modules():
-        if isinstance(module, torch.nn.BatchNorm2d):
-            module.weight.data.uniform_(0.5, 1.5)
-            module.bias.data.normal_(std=0.2)
-            module.running_mean.normal_(std=0.2)
-            module.running_var.uniform_(0.5, 2)
-    return model
-
-
-def layers_of(model):
-    return [m for m in model.modules() if isinstance(m, MultiScaleRecalibration)]
-
-
-@pytest.mark.parametrize('name', PLAIN)
+@pytest.mark.parametrize('name', KINDS)
 def test_the_same_logits_to_the_last_bit(name):
     source = plain(name)
     for kwargs in ({}, {'scales': (1, 2, 4, 3, 5), 'strategy': 'sliding'}):
@@ -167,6 +142,24 @@ def test_what_cannot_start_exactly_is_an_error():
     with pytest.raises(ValueError, match=r'0\.se is in a block Sequential'):
         start_from_plain(torch.nn.Sequential(block), {})
 
+    class Moved(BasicBlock):
+        def forward(self, x):  # may have the layer elsewhere
+            return super().forward(x)
+
+    with pytest.raises(ValueError, match=r'layer1\.0\.se is in a block Moved'):
+        start_from_plain(timm.create_model('resnet18_msar', block=Moved), {})
+    with pytest.raises(RuntimeError, match=r'Missing key\(s\)'):  # nothing is completed, nor half of it
+        timm.create_model('resnet18_msar', block=Moved).load_state_dict(plain('resnet18_msar').state_dict())
+
+
+def test_a_block_whose_class_was_changed_as_fully_shard_does_starts_too():
+    source, x = plain('cifar_resnet20_msar'), torch.randn(1, 3, 32, 32)
+    model = timm.create_model('cifar_resnet20_msar').eval()
+    for block in model.stages[0]:
+        block.__class__ = type('Sharded', (type(block),), {})
+    start_from_plain(model, source.state_dict())
+    assert torch.equal(model(x), source(x))
+
 
 def test_a_complete_checkpoint_is_loaded_as_it_is():
     model = timm.create_model('cifar_resnet20_msar')
@@ -216,21 +209,6 @@ def test_gates_learn_from_the_first_step():
         moved.append(max((z - 0.5).abs().max().item() for z in gates.values()))
     assert min(moved) > 1e-5
     assert max(moved) > 1e-3
-
-
-def test_every_warm_tag_names_a_plain_network_of_timms_that_it_can_load():
-    tags = timm.list_pretrained('resne*_msar*')
-    assert len(tags) == 9
-    for tag in tags:
-        cfg = timm.get_pretrained_cfg(tag)
-        owner, _, source = cfg.hf_hub_id.partition('/')
-        assert owner == 'timm'
-        assert source.split('.')[0] == PLAIN[tag.split('.')[0]]
-        of_source = timm.get_pretrained_cfg(source)
-        assert of_source is not None, source
-        for field in ('mean', 'std', 'crop_pct', 'interpolation', 'input_size', 'license', 'num_classes'):
-            assert getattr(cfg, field) == getattr(of_source, field) or field == 'license', (tag, field)
-        assert (of_source.license or 'apache-2.0') == cfg.license
 
 
 def test_gates_without_storage_are_missing():
@@ -314,13 +292,16 @@ def test_assigned_weights_give_the_gates_their_dtype(dtype):
     assert torch.equal(model(x), source(x))
 
 
-def test_a_block_that_is_not_known_is_not_completed():
-    """Its gates would be closed, and nothing doubled."""
-
-    class Block(BasicBlock):
-        pass
-
-    layer = partial(MultiScaleRecalibration, rd_ratio=0.375)
-    model = ResNetMsar(Block, (1, 1, 1, 1), num_classes=3, block_args={'attn_layer': layer})
-    with pytest.raises(RuntimeError, match=r'Missing key\(s\)'):
-        model.load_state_dict(ResNet(BasicBlock, (1, 1, 1, 1), num_classes=3).state_dict())
+def test_a_sharded_network_starts_too(tmp_path):
+    """FSDP2 holds DTensors, which have no address of their own."""
+    torch.distributed.init_process_group('gloo', init_method=f'file://{tmp_path}/rendezvous', rank=0, world_size=1)
+    try:
+        source, model = plain('cifar_resnet20_msar'), timm.create_model('cifar_resnet20_msar').eval()
+        for block in [*model.stages.children(), model]:
+            fully_shard(block)
+        options = StateDictOptions(full_state_dict=True, strict=False)
+        set_model_state_dict(model, source.state_dict(), options=options)
+        x = torch.randn(2, 3, 32, 32)
+        torch.testing.assert_close(model(x), source(x), rtol=0, atol=0)
+    finally:
+        torch.distributed.destroy_process_group()

@@ -12,6 +12,7 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from timm.models import resolve_model_input_args, save_for_hf
 from torchvision.datasets import FashionMNIST
 
 import timm_msar
@@ -64,13 +65,19 @@ def test_the_gates_have_learned():
     assert len(shares) == 9 and min(shares.values()) > 0.05
 
 
-def test_the_names_of_the_classes_belong_to_these_weights_alone():
-    def names(**kwargs):
-        return timm.create_model('cifar_resnet20_msar', **kwargs).pretrained_cfg.get('label_names')
+def test_the_names_of_the_classes_belong_to_these_weights_alone(tmp_path):
+    def names(name='cifar_resnet20_msar', **kwargs):
+        return timm.create_model(name, **kwargs).pretrained_cfg.get('label_names')
 
     assert list(FASHION_MNIST) == FashionMNIST.classes
     assert names(pretrained=True) == names(pretrained=True, num_classes=10) == FASHION_MNIST
-    assert names() is names(num_classes=10) is names(pretrained=True, num_classes=5) is None
+    assert names() is names(num_classes=10) is names(pretrained=True, num_classes=5) is names(SHIPPED[1]) is None
+    assert 'label_names' not in timm.create_model(**resolve_model_input_args('cifar_resnet20')).pretrained_cfg
+    others = [f'animal {i}' for i in range(10)]
+    assert names(pretrained_cfg={'label_names': others}) is None  # as of another tag
+    assert names(pretrained_cfg_overlay={'label_names': others}) == others
+    save_for_hf(timm.create_model('cifar_resnet20_msar'), tmp_path, model_config={'label_names': others})
+    assert names(f'local-dir:{tmp_path}') == names(f'local-dir:{tmp_path}', pretrained=True) == others
 
 
 @pytest.mark.slow

@@ -13,11 +13,12 @@ from functools import partial
 import torch
 import torch.nn as nn
 from timm.layers import BatchNormAct2d
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs, register_model
 from torch import Tensor
 
-from .cifar_net import CifarNet, cifar_cfg
+from .cifar_net import CifarNet, cifar_cfg, create_cifar_net
 from .recalibration import MultiScaleRecalibration
+from .warm_start import DOUBLED
 
 __all__ = ['CifarDenseNet']
 
@@ -32,8 +33,6 @@ class DenseLayer(nn.Module):
         attn_layer: Layer that recalibrates the new features.
         multi_level: Compute its gates from the input rather than from the new features.
     """
-
-    doubled_in_warm_start = ('conv2.weight',)
 
     def __init__(
         self,
@@ -64,6 +63,9 @@ class DenseLayer(nn.Module):
             source = x if self.multi_level else new
             new = self.se(new, source)
         return torch.cat([x, self.drop(new)], dim=1)
+
+
+DOUBLED[DenseLayer] = ('conv2.weight',)
 
 
 class Transition(nn.Sequential):
@@ -130,9 +132,7 @@ class CifarDenseNet(CifarNet):
         super().__init__(stem, stages, feature_chs, in_chans=in_chans, **dd, **kwargs)
 
 
-def _create_cifar_densenet(variant: str, pretrained: bool, **kwargs) -> CifarDenseNet:
-    feature_cfg = {'out_indices': (0, 1, 2), 'flatten_sequential': True}
-    return build_model_with_cfg(CifarDenseNet, variant, pretrained, feature_cfg=feature_cfg, **kwargs)
+_create_cifar_densenet = partial(create_cifar_net, CifarDenseNet)
 
 
 def _create_cifar_densenet_msar(

@@ -1,12 +1,13 @@
 """What the networks for 32×32 images have in common: a stem, three stages at strides 1, 2 and 4, and a linear head."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.nn as nn
 from timm.layers import create_classifier, get_device_dtype
-from timm.models import checkpoint_seq
+from timm.models import build_model_with_cfg, checkpoint_seq, resolve_pretrained_cfg
 from torch import Tensor
 
 from .warm_start import complete_gates
@@ -30,6 +31,19 @@ def cifar_cfg(**kwargs) -> dict[str, Any]:
         'license': 'apache-2.0',
         **kwargs,
     }
+
+
+def create_cifar_net(cls: Callable[..., nn.Module], variant: str, pretrained: bool, **kwargs) -> Any:
+    """Build a network by timm, with the names of a tag's classes only where it has the tag's weights and classifier.
+
+    timm gives a network the config of its tag, loaded or not, and its scripts print the names in it. Names from a
+    folder, from the Hub or in `pretrained_cfg_overlay` stay.
+    """
+    cfg = resolve_pretrained_cfg(variant, kwargs.pop('pretrained_cfg', None))
+    if not cfg.source and not (pretrained and kwargs.get('num_classes', cfg.num_classes) == cfg.num_classes):
+        cfg = replace(cfg, label_names=None)
+    feature_cfg = {'out_indices': (0, 1, 2), 'flatten_sequential': True}
+    return build_model_with_cfg(cls, variant, pretrained, cfg.to_dict(), feature_cfg=feature_cfg, **kwargs)
 
 
 def _feature_indices(indices: int | Sequence[int] | None, num_features: int) -> list[int]:

@@ -13,10 +13,10 @@ from typing import Any
 
 import torch.nn as nn
 from timm.layers import DropPath, calculate_drop_path_rates
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs, register_model
 from timm.models.resnet import BasicBlock
 
-from .cifar_net import CifarNet, cifar_cfg
+from .cifar_net import CifarNet, cifar_cfg, create_cifar_net
 from .recalibration import MultiScaleRecalibration
 
 __all__ = ['CifarResNet']
@@ -89,14 +89,7 @@ def _projection(in_channels: int, out_channels: int, stride: int, **dd) -> nn.Se
     )
 
 
-def _create_cifar_resnet(variant: str, pretrained: bool, **kwargs) -> CifarResNet:
-    feature_cfg = {'out_indices': (0, 1, 2), 'flatten_sequential': True}
-    model = build_model_with_cfg(CifarResNet, variant, pretrained, feature_cfg=feature_cfg, **kwargs)
-    # The names belong to the weights. A network without them, or with another classifier, may have any classes.
-    cfg = model.pretrained_cfg
-    if cfg.get('label_names') == FASHION_MNIST and not (pretrained and kwargs.get('num_classes', 10) == 10):
-        del cfg['label_names']
-    return model
+_create_cifar_resnet = partial(create_cifar_net, CifarResNet)
 
 
 def _create_cifar_resnet_msar(

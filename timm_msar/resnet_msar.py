@@ -16,16 +16,13 @@ from torch import Tensor
 
 from .gate import Gate
 from .recalibration import MultiScaleRecalibration
-from .warm_start import complete_gates
+from .warm_start import DOUBLED, complete_gates
 
 __all__ = ['RecalibratedBottleneck', 'ResNetMsar']
 
 
 class RecalibratedBottleneck(Bottleneck):
     """timm's bottleneck block with the attention layer after the 3×3 convolution, its BN and ReLU (Section 3.4)."""
-
-    # What `warm_start` doubles: the next weight, since an activation may stand between bn2 and the layer.
-    doubled_in_warm_start = ('conv3.weight',)
 
     def __init__(self, *args, attn_layer, device=None, dtype=None, **kwargs):
         super().__init__(*args, attn_layer=None, device=device, dtype=dtype, **kwargs)
@@ -42,6 +39,9 @@ class RecalibratedBottleneck(Bottleneck):
             x = self.drop_path(x)
         x += shortcut
         return self.act3(x)
+
+
+DOUBLED[RecalibratedBottleneck] = ('conv3.weight',)  # not bn2: an activation stands between it and the layer
 
 
 class ResNetMsar(ResNet):

@@ -21,7 +21,8 @@ from .recalibration import MultiScaleRecalibration
 
 _logger = logging.getLogger(__name__)
 
-# timm's own blocks have their attention layer behind these norms, and add the shortcut to its output.
+# What is doubled next to a block's layer; the module of a network adds its own block. timm's blocks have the layer
+# behind these norms, and add the shortcut to its output.
 DOUBLED: dict[type[nn.Module], tuple[str, ...]] = {
     BasicBlock: ('bn2.weight', 'bn2.bias'),
     Bottleneck: ('bn3.weight', 'bn3.bias'),
@@ -85,7 +86,7 @@ def complete_gates(
     doubled = {name: [f'{prefix}{key}' for key in _doubled(model, name)] for name in layers}
 
     def is_missing(key: str) -> bool:
-        return key not in state_dict or state_dict[key].data_ptr() == own[key].data_ptr()
+        return key not in state_dict or _address(state_dict[key]) == _address(own[key])
 
     if any(own[key].is_meta or not is_missing(key) for key in gates):
         return
@@ -104,6 +105,10 @@ def complete_gates(
         state_dict[key] = value.to(beside.device, beside.dtype if value.is_floating_point() else None)
 
 
+def _address(x: Tensor) -> int:
+    return (x.to_local() if hasattr(x, 'to_local') else x).data_ptr()  # a DTensor has none of its own
+
+
 def _is_trained(layer: MultiScaleRecalibration) -> bool:
     """Whether the norms, or the biases they are folded into, are neither as they were made nor closed in the end."""
     gate: Any = layer.gate[0]
@@ -120,6 +125,7 @@ def _layers(model: nn.Module) -> dict[str, MultiScaleRecalibration]:
 def _doubled(model: nn.Module, layer: str) -> list[str]:
     """Names of the weights to double for a layer; none where it is not known."""
     name = layer.rpartition('.')[0]
-    block = model.get_submodule(name)
-    weights = getattr(block, 'doubled_in_warm_start', None) or DOUBLED.get(type(block), ())
-    return [f'{name}.{weight}' for weight in weights]
+    block = type(model.get_submodule(name))
+    # A subclass with the same forward is the same: fully_shard makes one of each block.
+    known = [weights for cls, weights in DOUBLED.items() if issubclass(block, cls) and block.forward is cls.forward]
+    return [f'{name}.{weight}' for weight in known[0]] if known else []

@@ -159,6 +159,7 @@ def draw(groups: Sequence[Curves], output: Path) -> None:
         axis.set_title(title)
         axis.grid(alpha=0.3)
     lines = axes[0].get_legend_handles_labels()
-    figure.legend(*lines, loc='outside lower center', ncols=3, fontsize=8, title='mean and range of n runs')
+    title = 'mean and range of n runs' if any(len(group.values['error']) > 1 for group in groups) else None
+    figure.legend(*lines, loc='outside lower center', ncols=3, fontsize=8, title=title)
     with whole(output) as aside:
         figure.savefig(aside, format='png', dpi=150)

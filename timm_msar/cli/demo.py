@@ -26,14 +26,11 @@ from .files import whole
 from .gates import draw, look
 from .photo import Network
 
+NAME = 'cifar_resnet20_msar'
 # Of the loader and of the saved network, so that whoever loads it prepares images as they were here.
-DATA_CONFIG: dict[str, Any] = {
-    'input_size': (3, 32, 32),
-    'mean': (0.305, 0.305, 0.305),
-    'std': (0.354, 0.354, 0.354),
-    'crop_pct': 1.0,
-    'interpolation': 'bilinear',
-}
+DATA_CONFIG: dict[str, Any] = dict(
+    input_size=(3, 32, 32), mean=(0.305,) * 3, std=(0.354,) * 3, crop_pct=1.0, interpolation='bilinear'
+)
 DIGITS = tuple('0123456789')
 
 
@@ -78,14 +75,18 @@ def main(args: argparse.Namespace) -> None:
                 raise RuntimeError('the weights loaded back give other logits')
         accuracy = 100 * np.mean(logits.argmax(1).numpy() == test.targets)
         network = Network('', loaded, DATA_CONFIG, DIGITS)
-        looks = [look(network, image[None]) for image in images[:: len(images) // 8][:8]]
-        draw(looks, 'Test images with predictions, and gates of the last block of each stage', aside / 'gates.png')
+        shown = [*zip(images, test.targets)][:: len(images) // 8][:8]
+        looks = [
+            (seen := look(network, x[None]))._replace(prediction=f'label: {y}\n{seen.prediction}') for x, y in shown
+        ]
+        title = f'{NAME}: {len(looks)} of {len(test)} held-out digits, their labels, predictions and gates'
+        draw(looks, title, aside / 'gates.png')
     print(f"""
-held-out accuracy   {accuracy:.2f} % after {args.epochs} epochs
-weights             {args.output / 'weights'} (loaded back: the same logits)
-gates               {args.output / 'gates.png'}
-use them            timm.create_model('local-dir:{args.output / 'weights'}', pretrained=True)
-                    after import timm, timm_msar""")
+network            {NAME}, trained on {len(Digits(held_out=False))} of scikit-learn's handwritten digits
+held-out accuracy  {accuracy:.2f} % of the {len(test)} other digits, after {args.epochs} epochs
+weights            {args.output / 'weights'} (loaded back: the same logits)
+gates              {args.output / 'gates.png'}
+use them           import timm, timm_msar; timm.create_model('local-dir:{args.output / 'weights'}', pretrained=True)""")
 
 
 def loader(dataset: Digits, is_training: bool):
@@ -97,7 +98,7 @@ def loader(dataset: Digits, is_training: bool):
 
 def train(epochs: int) -> torch.nn.Module:
     """Train on the digits, and return the network in evaluation mode."""
-    model, batches = timm.create_model('cifar_resnet20_msar', num_classes=10), loader(Digits(False), is_training=True)
+    model, batches = timm.create_model(NAME, num_classes=10), loader(Digits(False), is_training=True)
     optimizer = create_optimizer_v2(model, opt='sgd', lr=0.1, momentum=0.9, weight_decay=1e-4)
     by_update = {'updates_per_epoch': len(batches), 'step_on_epochs': False, 'warmup_epochs': 0, 'min_lr': 0}
     scheduler, _ = create_scheduler_v2(optimizer, sched='cosine', num_epochs=epochs, **by_update)

@@ -67,7 +67,7 @@ def look(network: photo.Network, x: Tensor) -> Look:
     prediction = ''
     if network.model.num_classes:
         probability, index = network.model(x).softmax(1).max(1)
-        prediction = f'{network.classes[index]} ({probability.item():.0%})'
+        prediction = f'{network.classes[index]} ({probability.item():.3%})'
     layers = gates(network.model, x, per_scale=True)
     # A layer is named stages.0.2.se or layer1.2.se: its stage is what stands up to the first number.
     last = {re.match(r'\D*\d*', layer)[0]: layer for layer in layers}  # type: ignore[index]
@@ -98,20 +98,26 @@ def draw(looks: Sequence[Look], title: str, path: Path) -> None:
         ]
     else:
         rows = [(seen, layer, maps) for seen in looks for layer, maps in seen.maps.items()]
-    reach = max(0.001, *(abs(z - 0.5).max() for _, _, maps in rows for _, z in maps))
+    reaches = [abs(z - 0.5).max() for _, _, maps in rows for _, z in maps]
+    reach = max(0.001, *reaches)
     columns = 1 + max(len(maps) for _, _, maps in rows)
-    figure = Figure(figsize=(1.6 * columns + 1.2, 1.85 * len(rows) + 0.8), layout='constrained')
+    figure = Figure(figsize=(1.6 * columns + 1.2, 1.95 * len(rows) + 0.8))
+    figure.set_layout_engine('constrained', h_pad=0.08)
     axes = figure.subplots(len(rows), columns, squeeze=False)
     for (seen, layer, maps), (first, *others) in zip(rows, axes):
         first.imshow(seen.image, cmap='gray', vmin=0, vmax=1)
-        first.set_title(f'{seen.prediction}\n{layer}', fontsize=8, wrap=True, parse_math=False)
+        first.set_title(f'{seen.prediction}\n{layer}'.strip(), fontsize=8, wrap=True, parse_math=False)
         for axis, (map_title, z) in zip(others, maps):
             colors = axis.imshow(z, cmap='RdBu_r', vmin=0.5 - reach, vmax=0.5 + reach, interpolation='nearest')
             axis.set_title(map_title, fontsize=8)
-            axis.set_xlabel(f'{z.min():.2f} to {z.max():.2f}', fontsize=7, labelpad=2)
+            digits = 2 - int(np.floor(np.log10(max(1e-4, np.ptp(z)))))  # three of the difference
+            ends = sorted({f'{value:.{digits}f}' for value in (z.min(), z.max())})
+            axis.set_xlabel(' to '.join(ends), fontsize=7, labelpad=2)
     for axis in axes.flat:
         axis.set(xticks=[], yticks=[])
     figure.colorbar(colors, ax=axes, aspect=40, label='gate: 0 closed, 1 open')
-    how_chosen = 'Shown are the channels whose gates vary most over the image.'
-    figure.suptitle(f'{photo.printable(title)[:150]}\n{how_chosen}', fontsize=9, parse_math=False)
+    title = f'{photo.printable(title)[:150]}\nShown are the channels whose gates vary most over the image.'
+    if np.max(reaches) < 0.01:  # and no gate is nan
+        title += f' No gate shown is further than {max(reaches):.2g} from 0.5, where a warm start begins.'
+    figure.suptitle(title, fontsize=9, parse_math=False)
     figure.savefig(path, format='png', dpi=100)

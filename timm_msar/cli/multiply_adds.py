@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from ..recalibration import MultiScaleRecalibration
+from ..regions import means
 
 
 def multiply_adds(
@@ -25,7 +26,7 @@ def multiply_adds(
     def count(module: Any, _, output: torch.Tensor) -> None:
         nonlocal total
         if isinstance(module, MultiScaleRecalibration):
-            total += _of_the_gates(module, *output.shape[2:])
+            total += _of_the_gates(module, output[:1, :1])
         else:
             total += output[0].numel() * module.weight[0].numel()
 
@@ -41,8 +42,10 @@ def multiply_adds(
     return total
 
 
-def _of_the_gates(layer: MultiScaleRecalibration, height: int, width: int) -> int:
-    """The count of Section 3.5, with one gate for each distinct region. The layer computes one for each cell."""
-    fc1 = next(module for module in layer.modules() if isinstance(module, nn.Conv2d))
-    regions = [height * width if layer.strategy == 'sliding' else min(k, height) * min(k, width) for k in layer.scales]
-    return fc1.out_channels // fc1.groups * (layer.source_channels + layer.channels) * sum(regions)
+def _of_the_gates(layer: MultiScaleRecalibration, x: torch.Tensor) -> int:
+    """The count of Section 3.5 for a map of the size of x: each weight once for each region of its scale.
+
+    Of several scales the layer repeats the regions of some. Of one it computes each region once, so these are counted.
+    """
+    weights = sum(module.weight.numel() for module in layer.modules() if isinstance(module, nn.Conv2d))
+    return weights // len(layer.scales) * sum(means(x, [k], layer.strategy, False).numel() for k in layer.scales)

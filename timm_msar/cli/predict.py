@@ -29,6 +29,6 @@ def main(args: argparse.Namespace) -> None:
         probabilities = network.model(x).softmax(1)[0]
         best = probabilities.topk(min(5, len(probabilities)))
         for probability, index in zip(best.values.tolist(), best.indices.tolist()):
-            print(f'  {probability:6.1%}  {network.classes[index]}')
+            print(f'  {probability:8.3%}  {network.classes[index]}')
     if read < len(files):
         raise CommandError(f'{len(files) - read} of {len(files)} images cannot be read')

@@ -1,16 +1,15 @@
 """Time the ImageNet networks next to timm's plain and SE ones, in turn, and print medians.
 
-A time on a shared machine says little. The ratio of two times taken shortly after each other, many times, says more. So
-each round times every network, and a ratio is the median of the ratios within the rounds. The other columns are counts:
-the bytes that a training step keeps for its backward pass, and operators without views, each about one launch on a GPU.
+Each round times every network. "To SE" is the ratio of two printed medians. How little it is worth on a busy machine is
+in brackets: the quartiles of the ratios of two times in the same round. The other columns are counts: the bytes that a
+training step keeps for its backward pass, and operators without views, each about one launch on a GPU.
 """
 
 import argparse
 import time
-from operator import truediv
-from statistics import median
 from typing import Any
 
+import numpy as np
 import timm
 import torch
 import torch.nn.functional as F
@@ -19,7 +18,7 @@ from torch.optim import SGD
 from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import tqdm
 
-from .errors import positive
+from .errors import CommandError, positive
 
 NETWORKS = 'resnet18_msar', 'resnet34_msar', 'resnet50_msar', 'resnext50_msar'
 
@@ -42,7 +41,13 @@ def plain(name: str) -> str:
 
 
 def main(args: argparse.Namespace) -> None:
-    """Print a Markdown table with four rows for each network: plain, SE, ours with L = {1}, and ours."""
+    """Print a Markdown table with four rows for each network: plain, SE, ours with L = {1}, and ours.
+
+    Raises:
+        CommandError: A network is none of those that have a plain and an SE network in timm.
+    """
+    if unknown := set(args.network) - set(NETWORKS):
+        raise CommandError(f'{unknown.pop()} is none of {", ".join(NETWORKS)}')
     device = torch.device(args.device or torch.accelerator.current_accelerator(check_available=True) or 'cpu')
     torch.backends.cudnn.benchmark = True  # as timm's scripts do
     images = torch.randn(args.batch_size, 3, args.img_size, args.img_size, device=device)
@@ -63,8 +68,9 @@ def main(args: argparse.Namespace) -> None:
     for i, one in enumerate(contestants):
         se, cells = contestants[i // 4 * 4 + 1], [one.name]
         for training, times in one.seconds.items():
-            ratio = median(map(truediv, times, se.seconds[training]))
-            cells += [f'{1e3 * median(times):.1f}', f'{ratio:.2f}', str(one.operators[training])]
+            ms, ms_of_se = (round(1e3 * float(np.median(x.seconds[training])), 2) for x in (one, se))
+            low, high = np.quantile(np.divide(times, se.seconds[training]), (0.25, 0.75))
+            cells += [f'{ms:.2f}', f'{ms / ms_of_se:.2f} ({low:.2f} to {high:.2f})', str(one.operators[training])]
         print(f'| {" | ".join(cells)} | {one.kept / 1e6:.0f} |')
 
 
