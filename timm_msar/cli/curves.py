@@ -159,7 +159,7 @@ def draw(groups: Sequence[Curves], output: Path) -> None:
         axis.set_title(title)
         axis.grid(alpha=0.3)
     lines = axes[0].get_legend_handles_labels()
-    title = 'mean and range of n runs' if any(len(group.values['error']) > 1 for group in groups) else None
-    figure.legend(*lines, loc='outside lower center', ncols=3, fontsize=8, title=title)
+    heading = 'mean and range of n runs' if any(len(group.values['error']) > 1 for group in groups) else None
+    figure.legend(*lines, loc='outside lower center', ncols=3, fontsize=8, title=heading)
     with whole(output) as aside:
         figure.savefig(aside, format='png', dpi=150)
