@@ -87,7 +87,12 @@ def _sentence(error: BaseException) -> str:
         text = text.removeprefix(f'[Errno {error.errno}] ')
     elif type(error).__name__ != 'CommandError':
         text = f'{type(error).__name__}: {text}'
-    return ''.join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+    return printable(text)
+
+
+def printable(text: object) -> str:
+    """Escape what a terminal acts on or hides: line breaks, control characters, changes of the direction of text."""
+    return ''.join(c if c.isprintable() else repr(c)[1:-1] for c in str(text))
 
 
 def _stop(*_) -> None:

@@ -199,7 +199,7 @@ BAD = {
     'the plain network': (other_args(model='cifar_resnet20'), 'does not fit cifar_resnet20 with 3 classes: stages'),
     'half a network': (lambda path: resave(path, state_dict={}), 'does not fit cifar_resnet20_msar'),
     'on the Hub': (other_args(model='hf-hub:me/x'), 'give the network by its name in timm, not as hf-hub:me/x'),
-    'other class count': (other_args(num_classes=7), 'does not fit .* with 7 classes: fc.weight differs'),
+    'other class count': (other_args(num_classes=7), 'does not fit .* with 7 classes: fc.bias differs'),
     'NaN': (other_weights('fc.bias', (3,), torch.nan), 'infinite numbers in fc.bias'),
     'infinite logits': (other_weights('fc.weight', (3, 64), 3e38), 'logits .* are NaN or infinite'),
     'no name': (lambda p: (resave(p, args=None), p.with_name('args.yaml').write_text('a: 1')), 'it names no model'),
