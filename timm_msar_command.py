@@ -4,6 +4,7 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 COMMANDS = {
     'demo': 'Train a small network on handwritten digits, save it, load it back and draw its gates.',
@@ -62,7 +63,11 @@ def _run(words: list[str], process: bool) -> None:
     import argparse  # only now, so that Ctrl-C has no time to end in a traceback
     import importlib.metadata
 
-    parser = argparse.ArgumentParser('timm-msar', description='MS-SAR networks for timm.')
+    class Parser(argparse.ArgumentParser):
+        def error(self, message: str) -> NoReturn:
+            super().error(printable(message))  # a shell's * may have put names of files into it
+
+    parser = Parser('timm-msar', description='MS-SAR networks for timm.')
     version = f'timm-msar {importlib.metadata.version("timm-msar")}'
     parser.add_argument('--version', action='version', version=version)
     parser.add_argument('--traceback', action='store_true', help='show the traceback of an error')

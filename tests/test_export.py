@@ -208,10 +208,7 @@ BAD = {
     'on the Hub': (other_args(model='hf-hub:me/x'), 'give the network by its name in timm, not as hf-hub:me/x'),
     'other class count': (other_args(num_classes=7), 'does not fit .* with 7 classes: fc.bias differs'),
     'complex numbers': (other_weights('fc.bias', (3,), 1j), 'does not fit .*: fc.bias differs'),
-    'fractions for whole numbers': (
-        other_weights('bn1.num_batches_tracked', (), 0.5),
-        'bn1.num_batches_tracked differs',
-    ),
+    'fractions': (other_weights('stem.bn.num_batches_tracked', (), 0.5), 'stem.bn.num_batches_tracked differs'),
     'half an epoch': (lambda path: resave(path, epoch=0.5), 'its `epoch` is no whole number'),
     'endless arguments': (other_args(opt=endless('sgd')), 'it names no model, or holds far more'),
     'NaN': (other_weights('fc.bias', (3,), torch.nan), 'infinite numbers in fc.bias'),

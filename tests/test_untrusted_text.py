@@ -22,43 +22,11 @@ from timm_msar_command import main, printable
 
 PLAIN = ('T-shirt/top', 'R&D a_b (1.5) C#, {}', "it's; 50 % + 1.")
 MARKUP = (
-    *(
-        '<img src=x onerror=alert(1)> <b> </td></table>',
-        'a <!-- b',
-        '<https://a.b> https://a.b HTTP://a.b',
-        'www.a.b me@a.b',
-    ),
-    *(
-        '[a](https://a.b) ![a](b.png) [^1]',
-        '[a]: b',
-        '`a` ``b``',
-        '```',
-        '~~~',
-        '*a* **a** _a_ __a__ a__ ~a~ ~~a~~',
-        '# a #',
-    ),
-    *(
-        '---',
-        '===',
-        '- a',
-        '> a',
-        'a | b |',
-        '&lt;b&gt; &#60;b>',
-        'a\\',
-        '\\*a* \\\\*a* \\<b>',
-        '\\(a\\) $a$ $$',
-        '${title}',
-    ),
-    *(
-        'a\n# b',
-        'a\n\n---\n\nb',
-        'a\n```\nb',
-        'a\r\rb',
-        '\x1b]0;a\x07 \x9b2J',
-        'a\x85b\u2028c',
-        '\u202eb\u2066',
-        '\udcff\0',
-    ),
+    *('<img src=x onerror=alert(1)> <b> </td></table>', 'a <!-- b', '<https://a.b> https://a.b HTTP://a.b'),
+    *('[a](https://a.b) ![a](b.png) [^1]', '[a]: b', 'www.a.b me@a.b', '`a` ``b``', '```', '~~~', '# a #', '---'),
+    *('*a* **a** _a_ __a__ a__ ~a~ ~~a~~', '===', '- a', '> a', '1. a', 'a | b |', '&lt;b&gt; &#60;b>', 'a\\'),
+    *('\\*a* \\\\*a* \\<b>', '\\(a\\) $a$ $$', '${title}', 'a\n# b', 'a\n\n---\n\nb', 'a\n```\nb', 'a\r\rb'),
+    *('\x1b]0;a\x07 \x9b2J', 'a\x85b\u2028c', '\u202eb\u2066', '\udcff\0'),
 )
 
 
@@ -79,9 +47,8 @@ def parsed(card):
     """What the page consists of, its lines in Markdown, and its lines as they are shown."""
     tokens = MarkdownIt('commonmark').enable(['table', 'strikethrough']).parse(card.text)
     lines = [token for token in tokens if token.type == 'inline']
-    parts = [
-        (t.type, t.tag, t.attrs) for t in (*tokens, *(t for line in lines for t in line.children)) if t.type != 'text'
-    ]
+    inner = [t for line in lines for t in line.children if t.type != 'text']
+    parts = [(t.type, t.tag, t.attrs) for t in (*tokens, *inner)]
     parts += re.findall(r'://|www\.|\w@\w', ' '.join(line.content for line in lines), re.IGNORECASE)  # links on GitHub
     return parts, [line.content for line in lines], [''.join(t.content for t in line.children) for line in lines]
 
@@ -107,11 +74,8 @@ def test_an_export_passes_on_plain_text(tmp_path):
     for text in ('TEXT', '<b> *a*\n# `'):
         run = make_run(tmp_path / str(len(cards)))
         args = vars(saved(run)['args']) | dict.fromkeys((*TRAINING, 'epochs', 'val_split'), text)
-        args |= {
-            'pretrained': True,
-            'dataset': f'hfds/{text}',
-            'model_kwargs': {'pretrained_cfg_overlay': {'tag': text}},
-        }
+        overlay = {'pretrained_cfg_overlay': {'tag': text}}
+        args |= {'pretrained': True, 'dataset': f'hfds/{text}', 'model_kwargs': overlay}
         resave(run, args=argparse.Namespace(**args))
         assert main(['export', str(run), '--output', str(run.parent / text)]) == 0
         cards.append(ModelCard.load(run.parent / text / 'README.md'))
@@ -132,11 +96,7 @@ def test_a_terminal_shows_lines(network, tmp_path, capsys):
             path.parent.mkdir(parents=True)
             Image.linear_gradient('L').save(path)
         (images / 'train' / f'a.{text}').touch()
-        runs = [
-            make_curve(folder / str(seed), [90.0], model=text, seed=seed, lr=lr)
-            for lr in (1, 2)
-            for seed in (2 * lr, 2 * lr + 1)
-        ]
+        runs = [make_curve(folder / f'{i}', [90.0], model=text, seed=i, lr=i // 2) for i in range(4)]
         checkpoint = make_run(folder / 'run')
         for code, *words in (
             (0, 'predict', images, '--model', f'local-dir:{folder}'),
@@ -147,8 +107,9 @@ def test_a_terminal_shows_lines(network, tmp_path, capsys):
             (1, 'predict', folder / 'run' / 'data', '--model', f'local-dir:{folder}'),
         ):
             assert main([*map(str, words)]) == code
+        with pytest.raises(SystemExit):
+            main(['speed', f'-{text}'])
         printed.append(''.join(capsys.readouterr()))
     assert all(line.isprintable() for line in printed[1].split('\n'))
-    assert printed[1].count('\n') == printed[0].count('\n') and printed[1].count(r'\x1b]0;c') == printed[0].count(
-        'word'
-    )
+    counts = printed[0].count('\n'), printed[0].count('word')
+    assert (printed[1].count('\n'), printed[1].count(r'\x1b]0;c')) == counts

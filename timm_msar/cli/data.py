@@ -128,7 +128,7 @@ def _examined(path: str) -> tuple[str, list[str]]:
     ignored = []
     try:
         with open_image(Path(path)) as image:
-            image.convert('RGB')
+            image.load()
             if image.has_transparency_data and image.convert('RGBA').getextrema()[3][0] < 255:
                 ignored.append('transparent')
             with suppress(Exception):  # timm does not read the tag, so it may be broken

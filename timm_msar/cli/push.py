@@ -59,12 +59,7 @@ def _upload(folder: Path, repo_id: str, args: argparse.Namespace) -> list[str]:
             api.create_branch(repo_id, branch=args.revision, exist_ok=True)
         to = {'repo_id': repo_id, 'revision': args.revision, 'create_pr': args.create_pr}
         commit = api.upload_folder(folder_path=folder, commit_message=f'Add {repo_id.partition("/")[2]}', **to)
-    except (
-        HTTPError,
-        RuntimeError,
-        ValueError,
-        LookupError,
-    ) as error:  # of a connection, an upload, or a strange answer
+    except (HTTPError, RuntimeError, ValueError, LookupError) as error:  # refused, broken off, or a strange answer
         messages = [getattr(e, 'server_message', None) for e in (error, error.__cause__)]
         reason = next(filter(None, messages), str(error.__cause__ or error)).partition('\n')[0]
         again = 'opens another pull request' if args.create_pr else 'changes nothing that is already there'

@@ -57,7 +57,7 @@ def read_arguments(run: Path) -> dict[str, Any]:
     """
     path = regular_file(run / 'args.yaml')
     text = path.read_text(encoding='utf-8')
-    if sum(isinstance(token, yaml.AliasToken) for token in yaml.scan(text)) > 16:  # they are merged at once
+    if sum(isinstance(token, yaml.AliasToken) for token in yaml.scan(text)) > 16:  # safe_load merges without end
         raise CommandError(f'{path} has more aliases of YAML than any args.yaml of train.py')
     return _checked(yaml.safe_load(text), path)
 
@@ -172,12 +172,10 @@ def _rebuild(args: dict[str, Any], state_dict: dict[str, torch.Tensor], path: Pa
     model = timm.create_model(name, **kwargs, **(args.get('model_kwargs') or {}))
     # --split-bn trains further norms, for augmented images only.
     given = {key: tensor for key, tensor in clean_state_dict(state_dict).items() if '.aux_bn.' not in key}
-    # Copying would cut off imaginary parts and what integers cannot hold.
-    ours, theirs = (
-        {(key, tensor.shape, tensor.is_floating_point()) for key, tensor in tensors.items()}
-        for tensors in (model.state_dict(), given)
+    given_kinds, kinds = (  # what is copied loses imaginary parts and, to integers, fractions
+        {(k, x.shape, x.is_floating_point()) for k, x in tensors.items()} for tensors in (given, model.state_dict())
     )
-    if odd := sorted(ours ^ theirs):
+    if odd := sorted(given_kinds ^ kinds):
         raise CommandError(f'{path} does not fit {name} with {model.num_classes} classes: {odd[0][0]} differs')
     model.load_state_dict(given)
     if infinite := [key for key, tensor in model.state_dict().items() if not tensor.isfinite().all()]:
