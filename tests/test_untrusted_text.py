@@ -20,7 +20,7 @@ from timm_msar.cli.export import TRAINING
 from timm_msar.cli.model_card import model_card
 from timm_msar_command import main, printable
 
-PLAIN = ('T-shirt/top', 'R&D a_b (1.5) C#, {}', "it's; 50 % + 1.")
+PLAIN = ('T-shirt/top', '0.5', 'R&D a_b (1.5) C#, {}', "it's; 50 % + 1.")
 MARKUP = (
     *('<img src=x onerror=alert(1)> <b> </td></table>', 'a <!-- b', '<https://a.b> https://a.b HTTP://a.b'),
     *('[a](https://a.b) ![a](b.png) [^1]', '[a]: b', 'www.a.b me@a.b', '`a` ``b``', '```', '~~~', '# a #', '---'),

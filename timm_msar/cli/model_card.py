@@ -18,7 +18,7 @@ from .trained_run import MODES
 METRICS = {'top1': ('accuracy', 'Top-1 accuracy'), 'top5': ('top_5_accuracy', 'Top-5 accuracy')}
 # What Markdown interprets: anywhere, at the start, between words, and in addresses, which GitHub makes links of.
 MARKUP = re.compile(
-    r'(?i)[*`<\[\]|~$@]|&(?=#?\w+;)|\\(?=[^\w\s]|_|$)|^[-+>=#\s]|^\d(?=\d*[.)])|(?<=\s)#|(?<![^\W_])_|_(?![^\W_])'
+    r'(?i)[*`<\[\]|~$@]|&(?=#?\w+;)|\\(?=[^\w\s]|_|$)|^[-+>=#\s]|^\d(?=\d*[.)](\s|$))|(?<=\s)#|(?<![^\W_])_|_(?![^\W_])'
     r'|:(?=//)|(?<=www)\.'
 )
 
