@@ -4,6 +4,7 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 COMMANDS = {
     'demo': 'Train a small network on handwritten digits, save it, load it back and draw its gates.',
@@ -62,7 +63,11 @@ def _run(words: list[str], process: bool) -> None:
     import argparse  # only now, so that Ctrl-C has no time to end in a traceback
     import importlib.metadata
 
-    parser = argparse.ArgumentParser('timm-msar', description='MS-SAR networks for timm.')
+    class Parser(argparse.ArgumentParser):
+        def error(self, message: str) -> NoReturn:
+            super().error(printable(message))  # a shell's * may have put names of files into it
+
+    parser = Parser('timm-msar', description='MS-SAR networks for timm.')
     version = f'timm-msar {importlib.metadata.version("timm-msar")}'
     parser.add_argument('--version', action='version', version=version)
     parser.add_argument('--traceback', action='store_true', help='show the traceback of an error')
@@ -87,7 +92,12 @@ def _sentence(error: BaseException) -> str:
         text = text.removeprefix(f'[Errno {error.errno}] ')
     elif type(error).__name__ != 'CommandError':
         text = f'{type(error).__name__}: {text}'
-    return ''.join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+    return printable(text)
+
+
+def printable(text: object) -> str:
+    """Escape what a terminal acts on or hides: line breaks, control characters, changes of the direction of text."""
+    return ''.join(c if c.isprintable() else repr(c)[1:-1] for c in str(text))
 
 
 def _stop(*_) -> None:

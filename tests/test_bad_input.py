@@ -157,3 +157,30 @@ def test_paths(tmp_path, command):
             ('gates', tmp_path / 'file', *model, '--output', path),
         ):
             assert command(*words)[0] == 1, words
+
+
+def test_what_would_be_waited_for_in_a_folder(tmp_path, command):
+    checkpoint, image, exported = make_run(tmp_path), tmp_path / 'image.png', tmp_path / 'exported'
+    Image.linear_gradient('L').save(image)
+    command('export', checkpoint, '--output', exported, output=exported)
+    cifar = tmp_path / 'cifar' / 'cifar-10-batches-py'
+    cifar.mkdir(parents=True)
+    predict, export = ('predict', image, '--model', f'local-dir:{exported}'), ('export', checkpoint, '--output')
+    for file, words in (
+        *((exported / name, predict) for name in ('config.json', 'model.safetensors')),
+        *((exported / name, predict) for name in ('pytorch_model.bin', 'open_clip_model.safetensors')),
+        *((checkpoint.with_name(name), ('curves', checkpoint.parent)) for name in ('args.yaml', 'summary.csv')),
+        (checkpoint.with_name('summary.csv'), (*export, tmp_path / 'out')),
+        (checkpoint, (*export, tmp_path / 'out')),
+        (cifar / 'data_batch_1', ('data', 'cifar10', tmp_path / 'new', '--source', tmp_path / 'cifar')),
+    ):
+        content = file.read_bytes() if file.exists() else b''
+        for make in (os.mkfifo, lambda path: path.symlink_to('/dev/zero')):
+            file.unlink(missing_ok=True)
+            make(file)
+            assert command(*words)[0] == 1
+        file.unlink()
+        if content:
+            file.write_bytes(content)
+    os.mkfifo(tmp_path / 'data' / 'dataset.json')
+    assert command(*export, tmp_path / 'out', output=tmp_path / 'out')[0] == 0

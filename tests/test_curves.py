@@ -97,6 +97,19 @@ def test_the_tables_of_our_own_results_are_printed_from_their_files(regime, tmp_
 def test_runs_that_cannot_be_compared(tmp_path, capsys):
     folder = make_run(tmp_path / 'a', [90.0])
     (tmp_path / 'folder.png').mkdir()
+    aliases = make_run(tmp_path / 'aliases', [90.0], mean=[0.5] * 3)
+    bomb = '\n'.join(f'a{i}: &a{i} [{", ".join([f"*a{i - 1}"] * 9)}]' for i in range(1, 10))
+    for text in (
+        f'a0: &a0 [lol]\n{bomb}',
+        f'a0: &a0 {{a: b}}\n{bomb}\nb: {{<<: *a9}}',
+        f'a: &a {"x" * 10**6}\nb: [*a, *a]',
+    ):
+        (aliases / 'args.yaml').write_text(f'model: cifar_resnet20\nepochs: 1\n{text}')
+        assert run(aliases) == 1 and len(capsys.readouterr().err) < 300
+    (aliases / 'args.yaml').write_text(
+        'model: x\nepochs: 1\nmean: &id001\n- 0.5\nstd: *id001'
+    )  # of a recipe with aliases
+    assert run(aliases, '--output', tmp_path / 'curves.png') == 0
     unvalidated = make_run(tmp_path / 'b', [90.0], seed=1)
     (unvalidated / 'summary.csv').write_text('epoch,train_loss,lr\r\n0,0.5,0.1\r\n')
     for words, message in (
@@ -108,4 +121,4 @@ def test_runs_that_cannot_be_compared(tmp_path, capsys):
     ):
         assert run(*words) == 1
         assert message in capsys.readouterr().err
-    assert sorted(path.name for path in tmp_path.iterdir()) == ['a', 'b', 'folder.png']
+    assert sorted(path.name for path in tmp_path.iterdir()) == ['a', 'aliases', 'b', 'curves.png', 'folder.png']

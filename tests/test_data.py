@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from test_predict import odd_images
 from timm.data import create_dataset, create_loader
 from torchvision.datasets import CIFAR10
 
@@ -218,12 +219,15 @@ def test_check_counts_what_timm_passes_over(folder, capsys):
     for name in ('train/cat/2.webp', 'train/dog/deep/2.TIF', 'train/3.tif', 'val/dog/README', 'val/cat/2.JPEG'):
         (folder / name).parent.mkdir(exist_ok=True)
         Image.fromarray(noise(1, 8, 8, 3)[0]).save(folder / name, 'png')
+    odd_images(folder / 'val' / 'odd' / 'dog')
     assert run('check', folder) == 0
     assert capsys.readouterr().out.splitlines() == [
         f'{folder} has 2 classes.',
         'train: 2 images, and every one opens.',
         'train: timm passes over other files, in training too: 2 .tif, 1 .webp.',
-        'validation: 3 images, and every one opens.',
+        'validation: 16 images, and every one opens.',
+        'validation: timm ignores that images are transparent or turned, in training too: '
+        '5 transparent, 2 turned by EXIF.',
         'validation: timm passes over other files, in training too: 1 without an ending.',
     ]
 
@@ -239,6 +243,10 @@ def test_check_counts_what_timm_passes_over(folder, capsys):
         (lambda folder: shutil.copytree(folder / 'train/dog', folder / 'train/Dog'), 'timm numbers the classes '),
         (lambda folder: Image.new('I;16', (8, 8)).save(folder / 'train/dog/1.png'), 'more than 8 bits'),
         (lambda folder: os.mkfifo(folder / 'train/dog/2.png'), 'is not a file'),
+        (
+            lambda folder: (folder / 'train/dog/a').symlink_to('..') or (folder / 'train/b').symlink_to('.'),
+            'without end',
+        ),
     ],
 )
 def test_check_says_what_is_wrong(folder, spoil, message, capsys):

@@ -153,7 +153,8 @@ def test_a_resumed_run_repeats_header_and_epochs(tmp_path):
     path, header = tmp_path / 'summary.csv', 'epoch,train_loss,eval_top1\n'
     path.write_text(header + '0,1,50\n1,0.9,60\n2,nan,61\n' + header + '1,0.8,65\n')
     assert [(row['epoch'], row['eval_top1']) for row in read_summary(path)] == [(0, 50.0), (1, 65.0)]
-    for damaged in ('', header, header + '0,1,50', header + '0,1\n', header + '0,x,1\n', 'a,b\n1,2\n'):
+    wrong = ('0,1,50', '0,1\n', '0,x,1\n', '0.5,1,50\n', 'inf,1,50\n', 'nan,1,50\n')
+    for damaged in ('', header, 'a,b\n1,2\n', *(header + line for line in wrong)):
         path.write_text(damaged)
         with pytest.raises(CommandError, match=r'line 2 of .*summary\.csv is missing or damaged'):
             read_summary(path)
@@ -188,6 +189,12 @@ def other_args(**changed):
     return lambda path: resave(path, args=argparse.Namespace(**{**vars(saved(path)['args']), **changed}))
 
 
+def endless(item):
+    for _ in range(30):
+        item = [item, item]
+    return item
+
+
 NOT_WHOLE = 'is not a checkpoint of train.py, or is cut off or damaged'
 BAD = {
     'a flipped bit': (lambda path: flip(path, path.stat().st_size // 2, 0), f'{NOT_WHOLE}: the checksum of'),
@@ -199,7 +206,11 @@ BAD = {
     'the plain network': (other_args(model='cifar_resnet20'), 'does not fit cifar_resnet20 with 3 classes: stages'),
     'half a network': (lambda path: resave(path, state_dict={}), 'does not fit cifar_resnet20_msar'),
     'on the Hub': (other_args(model='hf-hub:me/x'), 'give the network by its name in timm, not as hf-hub:me/x'),
-    'other class count': (other_args(num_classes=7), 'does not fit .* with 7 classes: fc.weight differs'),
+    'other class count': (other_args(num_classes=7), 'does not fit .* with 7 classes: fc.bias differs'),
+    'complex numbers': (other_weights('fc.bias', (3,), 1j), 'does not fit .*: fc.bias differs'),
+    'fractions': (other_weights('stem.bn.num_batches_tracked', (), 0.5), 'stem.bn.num_batches_tracked differs'),
+    'half an epoch': (lambda path: resave(path, epoch=0.5), 'its `epoch` is no whole number'),
+    'endless arguments': (other_args(opt=endless('sgd')), 'it names no model, or holds far more'),
     'NaN': (other_weights('fc.bias', (3,), torch.nan), 'infinite numbers in fc.bias'),
     'infinite logits': (other_weights('fc.weight', (3, 64), 3e38), 'logits .* are NaN or infinite'),
     'no name': (lambda p: (resave(p, args=None), p.with_name('args.yaml').write_text('a: 1')), 'it names no model'),

@@ -1,4 +1,6 @@
-"""`timm-msar predict`: names and probabilities, where both come from, and how a photo is read."""
+"""`timm-msar predict`: names and probabilities, where both come from, and how an image is read."""
+
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -69,22 +71,41 @@ def test_numbers_where_there_are_no_names_and_the_names_of_imagenet(tmp_path, im
     assert f'{best}  {timm.data.ImageNetInfo().index_to_description(index)}' in capsys.readouterr().out
 
 
-def test_a_photo_is_read_as_a_person_sees_it(tmp_path):
-    def saved(image, channels=3, **kwargs):
-        image.save(tmp_path / 'image.png', **kwargs)
-        return np.asarray(photo.read_photo(tmp_path / 'image.png', channels))
-
-    grey = (np.arange(40 * 60).reshape(40, 60) % 256).astype(np.uint8)
-    assert saved(Image.fromarray(grey), channels=1).shape == (40, 60)
-    half = np.full((40, 60, 1), 255, np.uint8)
-    half[:, 30:] = 0
-    shown = saved(Image.fromarray(np.concatenate([COLORS, half], 2)))
-    assert (shown[:, 30:] == 255).all() and (shown[:, :30] == COLORS[:, :30]).all()
-    palette = Image.fromarray(grey % 2, 'P')
-    palette.putpalette([10, 20, 30, 40, 50, 60])
-    np.testing.assert_array_equal(saved(palette, transparency=0)[0, :2], [[255] * 3, [40, 50, 60]])
-    exif = Image.Exif()
+def odd_images(folder):
+    """Files that programs show in more than one way: turned, transparent, of several frames, of other colours."""
+    x = (np.arange(40 * 60).reshape(40, 60) % 250).astype(np.uint8)
+    color, grey, palette = Image.fromarray(COLORS), Image.fromarray(x), Image.fromarray(x % 3, 'P')
+    palette.putpalette([10, 20, 30, 200, 50, 60, 70, 80, 190])
+    rgba, la, exif = color.convert('RGBA'), grey.convert('LA'), Image.Exif()
+    rgba.putalpha(grey)
+    la.putalpha(grey)
     exif[0x0112] = 6  # to be turned clockwise
-    np.testing.assert_array_equal(saved(Image.fromarray(COLORS), exif=exif), np.rot90(COLORS, -1))
-    with pytest.raises(photo.CommandError, match='its values have more than 8 bits'):  # which would become white
-        saved(Image.fromarray(grey.astype(np.uint16) * 256))
+    folder.mkdir(parents=True)
+    for name, image, kwargs in (
+        *(('1.png', grey, {}), ('2.jpeg', color.convert('CMYK'), {}), ('3.png', grey.convert('1'), {})),
+        *(('4.png', rgba, {}), ('5.png', la, {}), ('6.png', palette, {'transparency': 0})),
+        *(
+            ('7.png', palette, {'transparency': b'\0\x80\xff'}),
+            ('8.png', color, {'transparency': tuple(COLORS[0, 0].tolist())}),
+        ),
+        *(('9.jpg', color, {'exif': exif}), ('10.png', color, {'exif': exif}), ('11.png', color.convert('RGBA'), {})),
+        ('12.png', rgba, {'format': 'gif', 'save_all': True, 'append_images': [grey, color]}),
+        ('13.jpg', grey, {'format': 'tiff', 'save_all': True, 'append_images': [rgba]}),
+    ):
+        image.save(folder / name, **kwargs)
+
+
+@pytest.mark.parametrize(('channels', 'mode'), [(3, None), (1, None), (4, 'RGBA')])
+def test_images_are_read_as_timm_reads_them(channels, mode, tmp_path, capsys):
+    odd_images(tmp_path / 'images' / 'a')
+    checkpoint = make_run(tmp_path, input_size=[channels, 32, 32], input_img_mode=mode, mean=[0.2], std=[0.3])
+    network = photo.load('', checkpoint)
+    mode = mode or ('RGB' if channels == 3 else 'L')  # as train.py and validate.py do
+    dataset = timm.data.create_dataset('', root=str(tmp_path / 'images'), split='validation', input_img_mode=mode)
+    dataset.transform = timm.data.create_transform(**network.config, is_training=False)
+    ours = dict(photo.prepared([Path(name) for name in dataset.filenames(absolute=True)], network))
+    assert len(ours) == len(dataset) == 13
+    assert all(torch.equal(x[0], theirs) for x, (theirs, _) in zip(ours.values(), dataset))
+    Image.fromarray(COLORS[..., 0].astype(np.uint16) * 256).save(tmp_path / 'deep.png')  # timm makes white of it
+    assert run(tmp_path / 'deep.png', '--checkpoint', checkpoint) == 1
+    assert 'its values have more than 8 bits' in capsys.readouterr().err

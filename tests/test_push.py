@@ -122,6 +122,7 @@ def test_bad_input_sends_nothing(hub, push, checkpoint, tmp_path):
     [
         (Fault('PUT', '/storage/', 403), 'Fault on demand: 403'),
         (Fault('POST', '/commit/', 500), 'Fault on demand: 500'),
+        (Fault('POST', '/commit/', 200), 'did not confirm it (Expecting value'),  # an empty answer
         (Fault('POST', '/commit/'), 'Server disconnected'),
     ],
 )
@@ -142,11 +143,17 @@ def test_private_in_a_public_repository_is_refused_before_anything_is_uploaded(h
 
 
 def test_after_a_lost_answer_the_same_push_changes_nothing(hub, push, checkpoint):
+    for status in (None, 500):  # no answer, and an error of the server
+        name = f'lost-{status}'
+        hub.faults = [Fault('POST', '/commit/', status, applied=True)]
+        code, output = push(checkpoint, '--repo-id', f'me/{name}')
+        assert code == 1 and 'the Hub did not confirm it (' in output and f'Look at {hub.url}/me/{name}: ' in output
+        assert 'the same push again changes nothing that is already there' in output
+        assert push(checkpoint, '--repo-id', f'me/{name}')[0] == 0
+        assert hub.repos[f'me/{name}'].history() == ['initial commit', f'Add {name}']
     hub.faults = [Fault('POST', '/commit/', applied=True)]
-    code, output = push(checkpoint, '--repo-id', 'me/lost')
-    assert code == 1 and 'the same push again changes nothing that is already there' in output
-    assert push(checkpoint, '--repo-id', 'me/lost')[0] == 0
-    assert hub.repos['me/lost'].history() == ['initial commit', 'Add lost']
+    code, output = push(checkpoint, '--repo-id', 'me/request', '--create-pr')
+    assert code == 1 and 'the same push again opens another pull request' in output
 
 
 WARM_START = """

@@ -8,6 +8,9 @@ from typing import Any, NamedTuple
 from timm.data import ImageNetInfo, is_img_extension
 from timm.utils import natural_key
 
+from .errors import CommandError
+from .files import regular_file
+
 HUB_DATASETS = {
     'cifar10': ('CIFAR-10', 'uoft-cs/cifar10', 'test'),
     'cifar100': ('CIFAR-100', 'uoft-cs/cifar100', 'test'),
@@ -58,10 +61,10 @@ def training_data(args: dict[str, Any], num_classes: int) -> TrainingData:
 def _prepared(root: Path) -> dict[str, Any] | None:
     """What `timm-msar data` wrote down about the folder, if the images are still as many."""
     try:
-        facts = json.loads((root / 'dataset.json').read_text(encoding='utf-8'))
+        facts = json.loads(regular_file(root / 'dataset.json').read_text(encoding='utf-8'))
         whole = all(sum(_images(root / split).values()) == facts[split] for split in ('train', 'validation'))
         return facts if whole and facts['dataset'] in HUB_DATASETS else None
-    except (OSError, ValueError, TypeError, KeyError):  # other programs write files of this name, too
+    except (CommandError, OSError, ValueError, TypeError, KeyError):  # other programs write files of this name, too
         return None
 
 

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .errors import CommandError
+from .errors import CommandError, printable, say
 from .files import whole
 from .trained_run import read_arguments, read_summary
 
@@ -56,7 +56,8 @@ def main(args: argparse.Namespace) -> None:
         raise CommandError(f'the picture is a PNG, so --output must end in .png, not {args.output}')
     groups = read_runs(args.runs)
     draw(groups, args.output)
-    print('\n\n'.join(filter(None, (table(groups), differences(groups), f'drawn in {args.output}'))))
+    lines = '\n\n'.join(filter(None, (table(groups), differences(groups)))).splitlines()
+    say(*lines, '', f'drawn in {args.output}')
 
 
 def read_runs(runs: Sequence[Path]) -> list[Curves]:
@@ -85,7 +86,7 @@ def _together(setting: dict[str, str], settings: Sequence[dict[str, str]], runs:
     same_model = [other for other in settings if other['model'] == setting['model']]
     differing = [key for key in setting if len({other.get(key) for other in same_model}) > 1]
     details = ', '.join(f'{key}={setting[key]}' for key in differing if setting[key] != '{}')
-    label = setting['model'] + (f' ({details})' if details else '')
+    label = printable(setting['model'] + (f' ({details})' if details else ''))
     summaries = [{row['epoch']: row for row in read_summary(run / 'summary.csv')} for run in runs]
     epochs = sorted(set.intersection(*map(set, summaries)))
     if not epochs or 'eval_top1' not in summaries[0][epochs[0]]:

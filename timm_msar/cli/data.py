@@ -21,23 +21,25 @@ import argparse
 import gzip
 import hashlib
 import json
+import os
 import re
 import zlib
 from collections import Counter
+from contextlib import suppress
 from itertools import pairwise
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import ExifTags, Image
 from timm.data import create_dataset, is_img_extension
 from timm.utils import natural_key
 from torchvision.datasets import CIFAR10, CIFAR100, FashionMNIST
 from tqdm import tqdm
 
-from .errors import CommandError, positive
-from .files import regular_file, whole
+from .errors import CommandError, positive, say
+from .files import open_image, regular_file, whole
 
 DATASETS: dict[str, Any] = {'cifar10': CIFAR10, 'cifar100': CIFAR100, 'fashion_mnist': FashionMNIST}
 SPLITS = ('train', 'validation')
@@ -77,7 +79,8 @@ def main(args: argparse.Namespace) -> None:
 def check(root: Path) -> None:
     """Check that timm finds both splits with the same classes in a folder, and that every image opens; print it.
 
-    It also counts the files that timm passes over without a word, in training too: it reads .png, .jpg and .jpeg alone.
+    It also counts what timm passes over without a word, in training too: files other than .png, .jpg and .jpeg, the tag
+    of a camera by which other programs turn an image, and transparency.
 
     Args:
         root: Folder given to train.py as `--data-dir`.
@@ -86,6 +89,12 @@ def check(root: Path) -> None:
         CommandError: A split is missing, its classes are others or cannot be told apart, or an image is broken.
         RuntimeError: timm finds no image in a split.
     """
+    for part in root.iterdir() if root.is_dir() else ():
+        seen: set[str] = set()
+        for folder, _, _ in os.walk(part, followlinks=True):
+            if (real := os.path.realpath(folder)) in seen:
+                raise CommandError(f'{folder} is {real} again, by a link, which timm may follow without end')
+            seen.add(real)
     datasets = {split: create_dataset('', root=str(root), split=split) for split in SPLITS if root.is_dir()}
     for split in SPLITS:
         if not datasets or Path(datasets[split].reader.root) == root:  # where timm finds no such folder
@@ -96,29 +105,38 @@ def check(root: Path) -> None:
             raise CommandError(f'timm numbers the classes {one!r} and {next_one!r} in any order; rename one')
     if odd := sorted(set(classes) ^ set(others)):
         raise CommandError(f'{len(odd)} of the classes have images in only one split of {root}, such as {odd[0]!r}')
-    print(f'{root} has {len(classes)} classes.')
+    say(f'{root} has {len(classes)} classes.')
     for split, dataset in datasets.items():
         paths = dataset.filenames(absolute=True)
         with ThreadPool() as pool:
-            results = pool.imap(_why_unusable, paths, chunksize=64)
-            reasons = list(tqdm(results, f'Checking {split}', len(paths), unit=' images', disable=None))
-        if unusable := [f'{path} ({reason})' for path, reason in zip(paths, reasons) if reason]:
+            results = pool.imap(_examined, paths, chunksize=64)
+            examined = list(tqdm(results, f'Checking {split}', len(paths), unit=' images', disable=None))
+        if unusable := [f'{path} ({reason})' for path, (reason, _) in zip(paths, examined) if reason]:
             raise CommandError(f'{len(unusable)} {split} images cannot be used, the first is {unusable[0]}')
-        print(f'{split}: {len(paths)} images, and every one opens.')
+        say(f'{split}: {len(paths)} images, and every one opens.')
+        ignored = Counter(kind for _, kinds in examined for kind in kinds)
+        if kinds := ', '.join(f'{number} {kind}' for kind, number in sorted(ignored.items())):
+            say(f'{split}: timm ignores that images are transparent or turned, in training too: {kinds}.')
         suffixes = (path.suffix.lower() for path in Path(dataset.reader.root).rglob('*') if not path.is_dir())
         passed_over = Counter(suffix or 'without an ending' for suffix in suffixes if not is_img_extension(suffix))
         if kinds := ', '.join(f'{number} {suffix}' for suffix, number in sorted(passed_over.items())):
-            print(f'{split}: timm passes over other files, in training too: {kinds}.')
+            say(f'{split}: timm passes over other files, in training too: {kinds}.')
 
 
-def _why_unusable(path: str) -> str:
+def _examined(path: str) -> tuple[str, list[str]]:
+    """Why timm cannot use an image, or nothing, and what it ignores of it."""
+    ignored = []
     try:
-        with Image.open(regular_file(Path(path))) as image:
+        with open_image(Path(path)) as image:
             image.load()
-            # timm converts it to RGB, which cuts off what is above 255
-            return 'its values have more than 8 bits, so timm would make it white' if image.mode[0] in 'IF' else ''
+            if image.has_transparency_data and image.convert('RGBA').getextrema()[3][0] < 255:
+                ignored.append('transparent')
+            with suppress(Exception):  # timm does not read the tag, so it may be broken
+                if 2 <= image.getexif().get(ExifTags.Base.Orientation, 1) <= 8:
+                    ignored.append('turned by EXIF')
     except Exception as error:  # a decoder may raise anything on a broken file
-        return f'{type(error).__name__}: {error}'
+        return f'{type(error).__name__}: {error}', []
+    return '', ignored
 
 
 def prepare(name: str, root: Path, source: Path | None = None, per_class: int | None = None) -> None:
@@ -148,7 +166,7 @@ def prepare(name: str, root: Path, source: Path | None = None, per_class: int | 
         counts = {split: len(labels) for split, (_, labels, _) in splits.items()}
         facts = {'dataset': name, 'per_class': per_class, 'classes': classes, **counts}
         (aside / 'dataset.json').write_text(json.dumps(facts, indent=2) + '\n')
-    print(f'{root} is ready for train.py: {counts["train"]} training, {counts["validation"]} validation images')
+    say(f'{root} is ready for train.py: {counts["train"]} training, {counts["validation"]} validation images')
 
 
 def _load(name: str, source: Path | None, download: Path) -> tuple[list[str], dict]:
@@ -159,6 +177,8 @@ def _load(name: str, source: Path | None, download: Path) -> tuple[list[str], di
     try:
         if fashion and source is not None:
             source = _unpacked(source, download)
+        elif source and (source / dataset.base_folder).is_dir():
+            [regular_file(path) for path in (source / dataset.base_folder).iterdir()]
         # torchvision compares checksums before it reads CIFAR's files, which are pickles.
         made = [dataset(str(source or download), train=train, download=source is None) for train in (True, False)]
     except (OSError, RuntimeError, EOFError, zlib.error) as error:

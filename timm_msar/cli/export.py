@@ -11,13 +11,14 @@ import os
 import shutil
 from pathlib import Path
 
+import numpy as np
 import timm
 import torch
 from timm.models import save_for_hf
 
 from .card_data import training_data
-from .errors import CommandError
-from .files import whole
+from .errors import CommandError, say
+from .files import regular_file, whole
 from .model_card import model_card
 from .trained_run import data_config, load_trained, read_results
 
@@ -40,8 +41,8 @@ def main(args: argparse.Namespace) -> None:
     output = Path(os.path.realpath(args.output))  # `a/../b` is not found where there is no `a`
     with whole(output, folder=True) as folder:
         summary = write_folder(args.checkpoint, folder, f'local-dir:{output.name}')
-    print(f'{summary}\n{output} is ready; after import timm, timm_msar:')
-    print(f'timm.create_model("local-dir:{output}", pretrained=True)')
+    say(summary, f'{output} is ready; after import timm, timm_msar:')
+    say(f'timm.create_model("local-dir:{output}", pretrained=True)')
 
 
 @torch.no_grad()
@@ -99,10 +100,12 @@ def compare_checksum(folder: Path) -> None:
     """Compare the weights in an exported folder with their checksum in config.json, if it has one.
 
     Raises:
-        CommandError: They differ.
+        CommandError: They differ, or something in the folder is no file.
     """
+    for path in filter(Path.exists, folder.iterdir()):
+        _ = path.is_dir() or regular_file(path)
     wanted = json.loads((folder / 'config.json').read_text(encoding='utf-8')).get('weights_sha256')
-    if wanted and wanted != hashlib.sha256((folder / 'model.safetensors').read_bytes()).hexdigest():
+    if wanted and wanted != hashlib.sha256(np.memmap(folder / 'model.safetensors', mode='r').data).hexdigest():
         raise CommandError(f'{folder}/model.safetensors is damaged: its SHA-256 is not the one in config.json')
 
 
@@ -113,6 +116,6 @@ def _complete_config(folder: Path, keep: tuple[str, ...]) -> None:
     for key in {'label_names', *ABOUT_THE_BASE}.difference(keep):
         config['pretrained_cfg'].pop(key, None)
     config.get('model_args', {}).pop('num_classes', None)  # is there already; transformers refuses to have it twice
-    config['weights_sha256'] = hashlib.sha256(weights.read_bytes()).hexdigest()
+    config['weights_sha256'] = hashlib.sha256(np.memmap(weights, mode='r').data).hexdigest()
     path.write_text(json.dumps(config, indent=2), encoding='utf-8')
     shutil.copymode(path, weights)  # safetensors lets nobody else read it

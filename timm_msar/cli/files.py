@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from PIL import Image
+
 from .errors import CommandError
 
 
@@ -18,6 +20,18 @@ def regular_file(path: Path) -> Path:
     if not path.is_file():
         raise CommandError(f'{path} is not a file' if os.path.lexists(path) else f'there is no file {path}')
     return path
+
+
+def open_image(path: Path) -> Image.Image:
+    """Open an image that timm can convert.
+
+    Raises:
+        CommandError: There is no such file, or its values have more than 8 bits.
+    """
+    image = Image.open(regular_file(path))
+    if image.mode[0] in 'IF':  # convert() cuts off what is above 255
+        raise CommandError('its values have more than 8 bits, so timm would make it white')
+    return image
 
 
 @contextmanager

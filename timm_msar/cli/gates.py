@@ -6,6 +6,7 @@ it has a row for each, with two channels of each stage.
 """
 
 import argparse
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from ..gate_maps import gates
 from . import photo
-from .errors import CommandError
+from .errors import CommandError, printable, say
 from .files import whole
 
 MOST = 32  # images in a picture that one can look at
@@ -45,7 +46,7 @@ def main(args: argparse.Namespace) -> None:
         CommandError: The output is not the name of a picture, or there are too many images, or some cannot be read.
     """
     output, files = args.output, photo.image_files(args.images)
-    if output.suffix.lower() != '.png' or output.resolve() in [path.resolve() for path in files]:
+    if output.suffix.lower() != '.png' or os.path.realpath(output) in map(os.path.realpath, files):
         raise CommandError(f'--output must end in .png and be none of the images, not {output}')
     if len(files) > MOST:
         raise CommandError(f'{len(files)} images are too many for one picture; give at most {MOST}')
@@ -55,8 +56,8 @@ def main(args: argparse.Namespace) -> None:
         with whole(output) as aside:
             draw(list(looks.values()), f'{", ".join(path.name for path in looks)}: {network.name}', aside)
         for path, seen in looks.items():  # now that the picture is there
-            print(photo.printable(f'{path}: {seen.prediction}'))
-        print(photo.printable(f'drawn in {output}'))
+            say(f'{path}: {seen.prediction}')
+        say(f'drawn in {output}')
     if len(looks) < len(files):
         raise CommandError(f'{len(files) - len(looks)} of {len(files)} images cannot be read')
 
@@ -81,7 +82,7 @@ def look(network: photo.Network, x: Tensor) -> Look:
         maps[layer] += [(f'mean, K = {k}', z_k.mean(0).numpy()) for k, z_k in scales.items()]
     mean, std = (torch.tensor(network.config[key][:3]).view(-1, 1, 1) for key in ('mean', 'std'))
     pixels = (x[0, :3] * std + mean).clamp(0, 1).permute(1, 2, 0).squeeze(2)
-    return Look(pixels.numpy(), prediction, maps)
+    return Look(pixels.numpy(), printable(prediction), maps)
 
 
 def draw(looks: Sequence[Look], title: str, path: Path) -> None:

@@ -1,5 +1,6 @@
 """Fill the template of a model card, `model_card.md`: timm's sections, with front matter for the Hub."""
 
+import re
 from pathlib import Path
 from string import Template
 from typing import Any
@@ -10,10 +11,16 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from ..recalibration import MultiScaleRecalibration
 from .card_data import TrainingData
+from .errors import printable
 from .multiply_adds import multiply_adds
 from .trained_run import MODES
 
 METRICS = {'top1': ('accuracy', 'Top-1 accuracy'), 'top5': ('top_5_accuracy', 'Top-5 accuracy')}
+# What Markdown interprets: anywhere, at the start, between words, and in addresses, which GitHub makes links of.
+MARKUP = re.compile(
+    r'(?i)[*`<\[\]|~$@]|&(?=#?\w+;)|\\(?=[^\w\s]|_|$)|^[-+>=#\s]|^\d(?=\d*[.)](\s|$))|(?<=\s)#|(?<![^\W_])_|_(?![^\W_])'
+    r'|:(?=//)|(?<=www)\.'
+)
 
 
 @torch.no_grad()
@@ -32,7 +39,7 @@ def model_card(
         model_id: What the reader's `timm.create_model` loads it by: `hf-hub:ME/NAME`, or a registered name.
         data: What it was trained on.
         results: Measured `top1` and `top5` in percent; they go into the model index.
-        description: A paragraph on how it was trained, in Markdown.
+        description: How it was trained, in plain text.
         base_model: Repository of the weights that it started from.
     """
     model: Any = timm.create_model(source).eval()
@@ -64,8 +71,15 @@ def model_card(
         ]
         or None,
     )
-    facts = {
-        'front_matter': metadata.to_yaml(),
+    code = {  # YAML and Python
+        'front_matter': '\n'.join(map(printable, metadata.to_yaml().split('\n'))),
+        'model_id': repr(model_id),
+        'mode': MODES.get(input_size[0], 'RGB'),
+        'topk': min(5, model.num_classes),
+        'feature_shapes': '\n'.join(f'    #  torch.Size({list(feature.shape)})' for feature in features),
+        'unpooled_shape': tuple(model.forward_features(image).shape),
+    }
+    text = {
         'title': title,
         'with_or_without': 'with' if recalibrated else 'without',
         'description': description,
@@ -74,12 +88,13 @@ def model_card(
         'image_size': f'{input_size[1]} x {input_size[2]}',
         'classes': f'{model.num_classes} ({classes})' if classes else model.num_classes,
         'dataset': data.name + images,
-        'model_id': repr(model_id),
-        'mode': MODES.get(input_size[0], 'RGB'),
-        'topk': min(5, model.num_classes),
-        'feature_shapes': '\n'.join(f'    #  torch.Size({list(feature.shape)})' for feature in features),
-        'unpooled_shape': tuple(model.forward_features(image).shape),
         'measured': f'Measured on the {data.split} split of {data.name}.' if measured else 'Not measured.',
         **{key: f'{results[key]:.2f}' if key in results else '' for key in METRICS},
     }
-    return Template(Path(__file__).with_suffix('.md').read_text(encoding='utf-8')).substitute(facts)
+    template = Template(Path(__file__).with_suffix('.md').read_text(encoding='utf-8'))
+    return template.substitute({key: as_markdown(value) for key, value in text.items()}, **code)
+
+
+def as_markdown(text: object) -> str:
+    """Write text that stands in a line of Markdown so that the page shows it as it is, whatever is in it."""
+    return MARKUP.sub(lambda match: f'&#{ord(match[0])};', printable(text))

@@ -7,15 +7,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import timm
-from PIL import Image, ImageOps
 from timm.data import ImageNetInfo, create_transform, infer_imagenet_subset, is_img_extension
 from torch import Tensor
 from tqdm import tqdm
 
 from .card_data import training_data
-from .errors import CommandError
+from .errors import CommandError, printable
 from .export import compare_checksum
-from .files import regular_file
+from .files import open_image
 from .trained_run import MODES, data_config, load_trained
 
 
@@ -26,6 +25,7 @@ class Network(NamedTuple):
     model: Any  # timm's networks have attributes that nn.Module does not declare
     config: dict[str, Any]
     classes: Sequence[str]
+    mode: str = 'RGB'  # Pillow's
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -60,7 +60,9 @@ def load(name: str, checkpoint: Path | None) -> Network:
             classes = [info.index_to_description(i) for i in range(info.num_classes())]
     if len(classes) != model.num_classes:
         classes = [f'class {i}' for i in range(model.num_classes)]
-    return Network(name, model, data_config(train_args, model), classes)
+    config = data_config(train_args, model)
+    mode = train_args.get('input_img_mode') or MODES[config['input_size'][0]]
+    return Network(name, model, config, classes, mode)
 
 
 def image_files(paths: Sequence[Path]) -> list[Path]:
@@ -79,36 +81,15 @@ def image_files(paths: Sequence[Path]) -> list[Path]:
 
 
 def prepared(files: Sequence[Path], network: Network) -> Iterator[tuple[Path, Tensor]]:
-    """Prepare each image as the network takes it, (1, C, H, W). Print which cannot be read, and go on."""
+    """Prepare each image as timm's datasets do, (1, C, H, W). Print which cannot be read, and go on.
+
+    So it is the first of several, not turned by its EXIF tag, and transparent pixels have the colours that are stored.
+    """
     transform = create_transform(**network.config, is_training=False)
     for path in tqdm(files, unit='image', disable=len(files) == 1 or None, leave=False):
         try:
-            x = transform(read_photo(path, network.config['input_size'][0]))[None]
+            x = transform(open_image(path).convert(network.mode))[None]
         except Exception as error:  # Pillow has no common class for what is wrong in a broken file
             tqdm.write(printable(f'{path} cannot be read: {error}'), file=sys.stderr)
         else:
             yield path, x
-
-
-def read_photo(path: Path, channels: int) -> Image.Image:
-    """Read an image as a person sees it: turned by its EXIF tag, over white, and the first of several.
-
-    Args:
-        path: The file.
-        channels: 1 for grey, 3 for RGB, 4 for RGBA.
-
-    Raises:
-        CommandError: There is no such file, or its values have more than 8 bits.
-    """
-    image = ImageOps.exif_transpose(Image.open(regular_file(path)))
-    if image.mode[0] in 'IF':  # convert() would make white of everything above 255
-        raise CommandError('its values have more than 8 bits')
-    if channels != 4 and ('A' in image.getbands() or 'transparency' in image.info):  # hidden pixels have any colour
-        image = image.convert('RGBA')
-        image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image)
-    return image.convert(MODES[channels])
-
-
-def printable(text: str) -> str:
-    """Escape what cannot be printed, such as line breaks and bytes that are no UTF-8 in the name of a file."""
-    return ''.join(c if c.isprintable() else repr(c)[1:-1] for c in text)

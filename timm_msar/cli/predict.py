@@ -8,7 +8,7 @@ import argparse
 import torch
 
 from . import photo
-from .errors import CommandError
+from .errors import CommandError, say
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,10 +25,10 @@ def main(args: argparse.Namespace) -> None:
         raise CommandError(f'{network.name} has no classifier, so it predicts nothing')
     read = 0
     for read, (path, x) in enumerate(photo.prepared(files, network), 1):  # noqa: B007
-        print(photo.printable(str(path)))
+        say(path)
         probabilities = network.model(x).softmax(1)[0]
         best = probabilities.topk(min(5, len(probabilities)))
         for probability, index in zip(best.values.tolist(), best.indices.tolist()):
-            print(f'  {probability:8.3%}  {network.classes[index]}')
+            say(f'  {probability:8.3%}  {network.classes[index]}')
     if read < len(files):
         raise CommandError(f'{len(files) - read} of {len(files)} images cannot be read')

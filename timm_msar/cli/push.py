@@ -12,7 +12,7 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HTTPError
 from huggingface_hub.utils import validate_repo_id
 
-from .errors import CommandError
+from .errors import CommandError, say
 from .export import write_folder
 
 
@@ -40,16 +40,16 @@ def main(args: argparse.Namespace) -> None:
     """Check, export and upload the checkpoint.
 
     Raises:
-        CommandError: The checkpoint is not what it should be, or the Hub does not take it.
+        CommandError: The checkpoint is not what it should be, or the Hub does not confirm it.
     """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        print(write_folder(args.checkpoint, folder, f'hf-hub:{args.repo_id}'))
-        print(_upload(folder, args.repo_id, args))
+        say(write_folder(args.checkpoint, folder, f'hf-hub:{args.repo_id}'))
+        say(*_upload(folder, args.repo_id, args))
 
 
-def _upload(folder: Path, repo_id: str, args: argparse.Namespace) -> str:
-    """Upload the folder in one commit, and return where it is."""
+def _upload(folder: Path, repo_id: str, args: argparse.Namespace) -> list[str]:
+    """Upload the folder in one commit, and return lines on where it is."""
     api = HfApi(library_name='timm-msar', token=True)  # without a token the client says how to log in
     try:
         api.create_repo(repo_id, private=args.private or None, exist_ok=True)
@@ -59,13 +59,13 @@ def _upload(folder: Path, repo_id: str, args: argparse.Namespace) -> str:
             api.create_branch(repo_id, branch=args.revision, exist_ok=True)
         to = {'repo_id': repo_id, 'revision': args.revision, 'create_pr': args.create_pr}
         commit = api.upload_folder(folder_path=folder, commit_message=f'Add {repo_id.partition("/")[2]}', **to)
-    except (HTTPError, RuntimeError) as error:  # the client wraps a failed upload of a file in a RuntimeError
+    except (HTTPError, RuntimeError, ValueError, LookupError) as error:  # refused, broken off, or a strange answer
         messages = [getattr(e, 'server_message', None) for e in (error, error.__cause__)]
         reason = next(filter(None, messages), str(error.__cause__ or error)).partition('\n')[0]
+        again = 'opens another pull request' if args.create_pr else 'changes nothing that is already there'
         raise CommandError(
-            f'the Hub did not take it ({reason}). Look at {api.endpoint}/{repo_id}: '
-            'the same push again changes nothing that is already there'
+            f'the Hub did not confirm it ({reason}). Look at {api.endpoint}/{repo_id}: the same push again {again}'
         ) from error
     at = f'@{args.revision}' if args.revision else ''
     load = f'Load it: import timm_msar; timm.create_model("hf-hub:{repo_id}{at}", pretrained=True)'
-    return commit.pr_url or f'{commit.commit_url}\n{load}'
+    return [commit.pr_url] if commit.pr_url else [commit.commit_url, load]

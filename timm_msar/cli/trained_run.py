@@ -6,9 +6,11 @@ class only stores attributes, whatever the file says. Anything else is refused.
 """
 
 import argparse
+import json
 import math
 import pickle
 import zipfile
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +43,7 @@ def load_trained(path: Path) -> tuple[Any, dict[str, Any], dict[str, Any]]:
     """
     checkpoint = _read_checkpoint(path)
     args = checkpoint.get('args')
-    args = vars(args) if isinstance(args, argparse.Namespace) else read_arguments(path.parent)
+    args = _checked(vars(args), path) if isinstance(args, argparse.Namespace) else read_arguments(path.parent)
     ema = 'state_dict_ema' in checkpoint and not args.get('model_ema_force_cpu')
     model = _rebuild(args, checkpoint['state_dict_ema' if ema else 'state_dict'], path)
     return model, args, checkpoint
@@ -54,10 +56,10 @@ def read_arguments(run: Path) -> dict[str, Any]:
         CommandError: The file is missing or names no model.
     """
     path = regular_file(run / 'args.yaml')
-    args = yaml.safe_load(path.read_text(encoding='utf-8'))
-    if not isinstance(args, dict) or not args.get('model'):
-        raise CommandError(f'{path} is not the args.yaml of train.py: it names no model')
-    return args
+    text = path.read_text(encoding='utf-8')
+    if sum(isinstance(token, yaml.AliasToken) for token in yaml.scan(text)) > 16:  # safe_load merges without end
+        raise CommandError(f'{path} has more aliases of YAML than any args.yaml of train.py')
+    return _checked(yaml.safe_load(text), path)
 
 
 def read_summary(path: Path) -> list[dict[str, float]]:
@@ -79,9 +81,9 @@ def read_summary(path: Path) -> list[dict[str, float]]:
             continue
         try:
             row = dict(zip(header.strip().split(','), map(float, line.split(',')), strict=True))
-            epoch = row['epoch'] = int(row['epoch'])
-            if 'train_loss' not in row or not line.endswith('\n'):
+            if not row['epoch'].is_integer() or 'train_loss' not in row or not line.endswith('\n'):
                 raise ValueError
+            epoch = row['epoch'] = int(row['epoch'])
         except (ValueError, KeyError) as error:
             raise CommandError(f'line {number} of {path} is missing or damaged') from error
         rows = {earlier: values for earlier, values in rows.items() if earlier < epoch} | {epoch: row}
@@ -139,11 +141,21 @@ def _read_checkpoint(path: Path) -> dict[str, Any]:
             checkpoint = torch.load(path, map_location='cpu', weights_only=True)
         if not isinstance(checkpoint, dict) or not {'epoch', 'state_dict'} <= checkpoint.keys():
             raise ValueError('it has no `epoch` and `state_dict`')
+        if not isinstance(checkpoint['epoch'], int):
+            raise ValueError('its `epoch` is no whole number')
     except pickle.UnpicklingError as error:
         raise CommandError(f'{path} holds more than data; it is not loaded, since that could run any code') from error
     except (zipfile.BadZipFile, EOFError, ValueError) as error:
         raise CommandError(f'{path} is not a checkpoint of train.py, or is cut off or damaged: {error}') from error
     return checkpoint
+
+
+def _checked(args: Any, path: Path) -> dict[str, Any]:
+    """Return arguments that name a model and are no more as text than in the file: lists may share lists."""
+    sizes = accumulate(map(len, json.JSONEncoder(default=id).iterencode(args)))
+    if any(size > 1_000_000 for size in sizes) or not isinstance(args, dict) or not args.get('model'):
+        raise CommandError(f'{path} does not hold the arguments of train.py: it names no model, or holds far more')
+    return args
 
 
 def _rebuild(args: dict[str, Any], state_dict: dict[str, torch.Tensor], path: Path) -> Any:
@@ -160,10 +172,11 @@ def _rebuild(args: dict[str, Any], state_dict: dict[str, torch.Tensor], path: Pa
     model = timm.create_model(name, **kwargs, **(args.get('model_kwargs') or {}))
     # --split-bn trains further norms, for augmented images only.
     given = {key: tensor for key, tensor in clean_state_dict(state_dict).items() if '.aux_bn.' not in key}
-    wanted = model.state_dict()
-    odd = sorted(given.keys() ^ wanted.keys()) or [k for k, tensor in wanted.items() if given[k].shape != tensor.shape]
-    if odd:
-        raise CommandError(f'{path} does not fit {name} with {model.num_classes} classes: {odd[0]} differs')
+    given_kinds, kinds = (  # what is copied loses imaginary parts and, to integers, fractions
+        {(k, x.shape, x.is_floating_point()) for k, x in tensors.items()} for tensors in (given, model.state_dict())
+    )
+    if odd := sorted(given_kinds ^ kinds):
+        raise CommandError(f'{path} does not fit {name} with {model.num_classes} classes: {odd[0][0]} differs')
     model.load_state_dict(given)
     if infinite := [key for key, tensor in model.state_dict().items() if not tensor.isfinite().all()]:
         raise CommandError(f'{path} has NaN or infinite numbers in {infinite[0]}: the training diverged')
