@@ -4,6 +4,7 @@ import pytest
 import timm
 import torch
 from test_networks import create, randomise
+from torch._inductor import metrics
 from torchvision.models.feature_extraction import create_feature_extractor
 
 from timm_msar import MultiScaleRecalibration
@@ -48,11 +49,40 @@ def test_scripted_and_trained_then_evaluated():
             scripted(torch.randn(4, 3, 30, 30))
 
 
-def test_exported_with_symbolic_sizes():
+@pytest.mark.parametrize('strict', [False, True])
+def test_exported_with_symbolic_sizes(strict):
+    """A strict export refuses maps smaller than a scale: at 96 px the last one is 3×3."""
     model = network()
     dims = {2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC}
-    exported = torch.export.export(model, (torch.randn(2, 3, 224, 224),), dynamic_shapes={'x': dims})
-    compare(model, exported.module())
+    exported = torch.export.export(model, (torch.randn(2, 3, 224, 224),), dynamic_shapes={'x': dims}, strict=strict)
+    compare(model, exported.module(), SIZES[:5] if strict else SIZES)
+
+
+@pytest.mark.parametrize('scales', [(1, 2, 4), (3, 4)], ids=str)
+def test_exported_for_training_with_symbolic_sizes(scales):
+    """Regions without positions would count in the norms' statistics."""
+    layer, dims = MultiScaleRecalibration(4, scales=scales), {2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC}
+    exported = torch.export.export(layer, (torch.randn(2, 4, 24, 24),), dynamic_shapes={'x': dims}).module()
+    for size in ((9, 10), (4, 5)):
+        x = torch.randn(2, 4, *size)
+        torch.testing.assert_close(exported(x), layer(x))
+    with pytest.raises(AssertionError, match=r'x\.size\(\)\[3\] >= 4'):
+        exported(torch.randn(2, 4, 5, 3))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(('size', 'training', 'most'), [(56, False, 6), (14, False, 5), (56, True, 30), (14, True, 28)])
+def test_the_number_of_kernels_that_inductor_makes(size, training, most):
+    """A kernel is a launch, and on a GPU launches are time: many ways to write the same formula make twice as many."""
+    layer = MultiScaleRecalibration(64, rd_ratio=0.375).train(training)
+    x = torch.randn(8, 64, size, size).contiguous(memory_format=torch.channels_last).requires_grad_(training)
+    torch.compiler.reset()
+    metrics.reset()
+    with torch.set_grad_enabled(training), torch._inductor.config.patch(force_disable_caches=True):
+        out = torch.compile(layer)(x)
+        if training:
+            out.sum().backward()
+    assert 0 < metrics.generated_kernel_count <= most
 
 
 def test_compiled_for_seven_sizes_with_four_graphs_at_most():

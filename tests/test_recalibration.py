@@ -1,5 +1,9 @@
 """The layer against a slow reference written from the paper's equations, and its properties."""
 
+import subprocess
+import sys
+import warnings
+
 import pytest
 import slow_reference
 import timm
@@ -200,6 +204,21 @@ def test_one_image_in_training(shape, scales):
     assert not torch.equal(layer.gate[0].bn1.running_mean, running_mean)
 
 
+def test_one_warning_says_that_nothing_of_one_image_is_kept():
+    code = 'import sys, torch, timm_msar; layer = timm_msar.MultiScaleRecalibration(8)\n'
+    code += 'for _ in range(2): layer(torch.randn(int(sys.argv[1]), 8, 7, 7))'
+    for images, times in (('1', 1), ('2', 0)):
+        done = subprocess.run([sys.executable, '-c', code, images], capture_output=True, text=True, check=True)
+        assert done.stderr.count('UserWarning: MS-SAR gates saw a batch of one image in training') == times
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        x, layer = torch.randn(1, 6, 7, 7), layer_of()
+        layer.eval()(x)
+        freeze(layer)
+        layer.train()(x)
+        torch.compile(layer_of(), backend='eager', fullgraph=True)(x)
+
+
 def test_nothing_of_one_image_is_kept_by_timms_feature_extractor():
     model = timm.models.create_feature_extractor(timm.create_model('cifar_resnet20_msar'), ['fc']).train()
     state = {key: value.clone() for key, value in model.state_dict().items() if 'gate' in key}
@@ -248,6 +267,17 @@ def test_weights_do_not_depend_on_how_many_scales_there_are():
         assert sum(p.numel() for n, p in layer.named_parameters() if 'fc' in n) == 2 * 48 * 48
     assert MultiScaleRecalibration(16, rd_ratio=0.375).gate[0].fc1.out_channels == 3 * 2
     assert MultiScaleRecalibration(2, rd_ratio=0.1).gate[0].fc1.out_channels == 3 * 1
+
+
+@pytest.mark.parametrize('name', ['resnet18_msar', 'resnext50_msar', 'cifar_resnet20_msar', 'cifar_densenet100_msar'])
+def test_the_weights_of_each_scale_start_as_those_of_a_gate_of_its_own(name):
+    """PyTorch's fan-out of a grouped convolution is that of all groups together."""
+    torch.manual_seed(0)
+    layers = [m for m in timm.create_model(name).modules() if isinstance(m, MultiScaleRecalibration)]
+    for layer in (layers[-1], MultiScaleRecalibration(48)):
+        for fc in (layer.gate[0].fc1, layer.gate[0].fc2):
+            wanted = (2 / (fc.out_channels / fc.groups)) ** 0.5
+            assert fc.weight.std().item() == pytest.approx(wanted, rel=0.15)
 
 
 def test_the_keys_that_published_weights_depend_on_name_the_scales():
@@ -342,8 +372,8 @@ def test_scales_with_too_many_cells():
 
 
 @pytest.mark.parametrize('strategy', ['regional', 'sliding'])
-@pytest.mark.parametrize('shape', [(0, 8, 7, 7), (2, 8, 0, 7), (2, 8, 4, 0)], ids=str)
-def test_a_map_without_positions(shape, strategy):
+@pytest.mark.parametrize('shape', [(0, 8, 7, 7), (0, 8, 8, 8)], ids=str)
+def test_no_images(shape, strategy):
     for training in (True, False):
         assert MultiScaleRecalibration(8, strategy=strategy).train(training)(torch.empty(shape)).shape == shape
 
