@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from timm_msar import MultiScaleRecalibration
-from timm_msar.regions import _array
+from timm_msar.regions import _array, _on_gpu
 
 BEFORE = """
 import atexit, os, signal, sys, threading
@@ -129,3 +129,20 @@ def test_at_most_128_mb_are_kept():
     finally:
         tracemalloc.stop()
         _array.cache_clear()
+
+
+def test_what_a_device_keeps_belongs_to_no_mode():
+    """As on a GPU, here on the device meta, which computes nothing."""
+    layer, x = MultiScaleRecalibration(4, device='meta').eval(), torch.empty(2, 4, 7, 7, device='meta')
+    _on_gpu.clear()
+    torch.func.hessian(lambda x: layer(x).sum())(x)
+    assert not _on_gpu  # they would be wrapped
+    with torch.inference_mode():
+        layer(x)
+    assert len(_on_gpu) == 2 and not any(matrix.is_inference() for matrix in _on_gpu.values())
+    layer(x.requires_grad_()).sum().backward()
+    assert len(_on_gpu) == 2
+    for size in range(301, 401):
+        layer(torch.empty(1, 4, 33, size, device='meta'))
+    assert 2**26 < sum(matrix.nbytes for matrix in _on_gpu.values()) <= 2**27
+    _on_gpu.clear()

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-STRATEGIES = ('regional', 'sliding')  # `means` and `spread` tell them apart, and the layer, which limits the cells
+STRATEGIES = ('regional', 'sliding')  # `means` and `spread` choose, and the layer refuses too many cells
 _on_gpu: dict[tuple, Tensor] = {}
 
 
@@ -35,10 +35,7 @@ def _means_of_regions(x: Tensor, scales: list[int], training: bool) -> Tensor:
     rows, cols = _lcm(of_rows), _lcm(of_cols)
     on_gpu = x.is_cuda and not torch.jit.is_scripting()  # there one product is faster, forwards and backwards
     if _are_blocks(x, rows, cols) and (len(scales) == 1 or not on_gpu):
-        size = [
-            x.shape[2] // rows,
-            x.shape[3] // cols,
-        ]  # written out, and dimensions negative, for ExecuTorch's XNNPACK
+        size = [x.shape[2] // rows, x.shape[3] // cols]  # as the stride, too, and dimensions negative: for XNNPACK
         x = F.avg_pool2d(x, size, size, count_include_pad=False) if rows * cols > 1 else x.mean((-2, -1), True)
         if len(scales) == 1:
             return x
@@ -83,7 +80,7 @@ def spread(z: Tensor, x: Tensor, scales: int, strategy: str) -> Tensor:
 
 def times(x: Tensor, gates: Tensor) -> Tensor:
     """x ⊙ Z of Eq. (2). To autograd the product is no view, since residual blocks add to it in place."""
-    if gates.dim() == 4:  # tracing has no _unsafe_view
+    if gates.dim() == 4:  # a plain product where it will do: torch.jit.trace cannot record _unsafe_view
         return x * gates
     return torch.ops.aten._unsafe_view(x.view(gates.shape) * gates, x.shape)
 
@@ -111,6 +108,7 @@ def _lcm(scales: list[int]) -> int:
 
 def _are_blocks(x: Tensor, rows: int, cols: int) -> bool:
     """Whether cells are known to be blocks of as many positions each. A symbol is not asked; it means no."""
+    # coremltools 9.0 has no bitwise `and`, so these stay apart.
     conditions = [x.shape[2] % rows == 0, x.shape[3] % cols == 0]
     if torch.jit.is_scripting():
         return all(conditions)
@@ -166,19 +164,19 @@ def _array(double: bool, height: int, width: int, of_rows: tuple, of_cols: tuple
 
 
 def _constant(x: Tensor, *what) -> Tensor:
-    """The array for `what`, in the dtype and on the device of x."""
-    array, key = _array(x.dtype == torch.float64, *what), (x.dtype, x.device, *what)
-    if type(x) is not Tensor:  # a fake one, say: it is exported as a constant. from_numpy would be eight ONNX nodes.
-        return x.new_tensor(array.tolist())
+    """The array of `what`, in the dtype and on the device of x."""
+    double, key = x.dtype == torch.float64, (x.dtype, x.device, *what)
+    if type(x) is not Tensor:  # a fake one, say, which is exported. By from_numpy ONNX would have eight nodes more.
+        return x.new_tensor(_array(double, *what).tolist())
     if x.device.type == 'cpu':
-        return torch.from_numpy(array).to(x.dtype)
-    if key in _on_gpu:
+        return torch.from_numpy(_array(double, *what)).to(x.dtype)
+    if key in _on_gpu:  # a copy in each call would stall it
         return _on_gpu[key]
     with torch.inference_mode(False):
-        matrix = torch.from_numpy(array).to(x.device, x.dtype)  # waits until it is there, for every stream
+        matrix = torch.from_numpy(_array(double, *what)).to(x.device, x.dtype)  # waits: every stream finds it whole
     try:
-        if len(_on_gpu) < 32 and matrix.untyped_storage():  # none is freed, which a stream could still read
-            _on_gpu[key] = matrix
-    except NotImplementedError:  # a transformation of torch.func wraps it, and may not be kept
+        if matrix.untyped_storage().nbytes() + sum(m.nbytes for m in _on_gpu.values()) <= 2**27:
+            _on_gpu[key] = matrix  # for good: what is freed, another stream could still be reading
+    except NotImplementedError:  # a transformation of torch.func wraps it, and ends before the process does
         pass
     return matrix
