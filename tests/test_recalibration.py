@@ -391,7 +391,10 @@ def test_bad_tensors():
     x, source = torch.randn(2, 8, 7, 7), torch.randn(2, 4, 7, 7)
     with pytest.raises(RuntimeError, match='to have 12 channels, but got 24'):
         layer(x)
-    with pytest.raises(RuntimeError, match='must match the existing size'):
-        layer(x[:, :3], source)
+    for size in (7, 8):
+        x, source = torch.randn(2, 8, size, size), torch.randn(2, 4, size, size)
+        for other in (x[:, :3], x[:1], x.reshape(1, 16, size, size), x.reshape(4, 4, size, size)):
+            with pytest.raises(RuntimeError, match='invalid for input of size|must match the existing size'):
+                layer(other, source)
     with pytest.raises(ValueError, match=r'a map \(B, C, H, W\), not a tensor of 3 dimensions'):
         layer(x[0], source[0])

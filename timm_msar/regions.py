@@ -56,7 +56,7 @@ def spread(z: Tensor, x: Tensor, scales: int, strategy: str) -> Tensor:
     """Z = 1/L Σ_K z_K, of z, (B, L·C, rows, cols), at the positions of x, (B, C, H, W), or of its blocks of positions,
     (B, C, rows, h, W). Sums follow the order of memory, here and in the backward pass.
     """
-    batch, channels, height, width = x.shape
+    batch, channels, height, width = x.shape[0], z.shape[1] // scales, x.shape[2], x.shape[3]
     rows, cols = (height, width) if strategy == 'sliding' else (z.shape[2], z.shape[3])
     last = _is_channels_last(x)
     if last:
