@@ -13,7 +13,7 @@ from trained_run import CLASSES, make_run, weights
 
 import timm_msar
 from timm_msar.cli import gates
-from timm_msar.cli.photo import Network
+from timm_msar.cli.inference import Network
 from timm_msar_command import main
 
 COLORS = np.arange(40 * 60 * 3, dtype=np.uint8).reshape(40, 60, 3)
@@ -30,8 +30,8 @@ def network(tmp_path_factory):
 
 
 @pytest.fixture
-def photo(tmp_path):
-    path = tmp_path / 'photo.png'
+def image(tmp_path):
+    path = tmp_path / 'image.png'
     Image.fromarray(COLORS).save(path)
     return path
 
@@ -40,11 +40,11 @@ def run(*words):
     return main(['gates', *map(str, words)])
 
 
-def test_a_look_is_what_the_network_computes(network):
+def test_an_inspection_is_what_the_network_computes(network):
     model = timm.create_model(network, pretrained=True).eval()
     config = timm.data.resolve_model_data_config(model)
     x = timm.data.create_transform(**config, is_training=False)(Image.fromarray(COLORS))[None]
-    seen = gates.look(Network('', model, config, CLASSES), x)
+    seen = gates.inspect(Network('', model, config, CLASSES), x)
     with torch.no_grad():
         probability, index = model(x).softmax(1).max(1)
     assert seen.prediction == f'{CLASSES[index]} ({probability.item():.3%})'
@@ -68,7 +68,7 @@ def test_a_look_is_what_the_network_computes(network):
 def test_the_last_layer_of_each_stage():
     model = timm.create_model('resnext50_msar', layers=(1, 2, 1, 1)).eval()
     network = Network('', model, {'mean': (0, 0, 0), 'std': (1, 1, 1)}, range(1000))
-    seen = gates.look(network, torch.randn(1, 3, 32, 32))
+    seen = gates.inspect(network, torch.randn(1, 3, 32, 32))
     assert list(seen.maps) == ['layer1.0.se', 'layer2.1.se', 'layer3.0.se', 'layer4.0.se']
 
 
@@ -77,8 +77,10 @@ def test_captions_tell_how_far_gates_moved_and_stand_apart_from_titles(tmp_path,
     monkeypatch.setattr(Figure, 'savefig', lambda self, *args, **kw: figures.append(self) or save(self, *args, **kw))
 
     def drawn(*maps):
-        looks = [gates.Look(np.zeros((4, 4)), 'label\nprediction', {'layer': [('a', z), ('b', z)]}) for z in maps]
-        gates.draw(looks, 'title', tmp_path / 'gates.png')
+        inspected = [
+            gates.Inspection(np.zeros((4, 4)), 'label\nprediction', {'layer': [('a', z), ('b', z)]}) for z in maps
+        ]
+        gates.draw(inspected, 'title', tmp_path / 'gates.png')
         return [figure_axes.get_xlabel() for figure_axes in figures[-1].axes[1:-1:3]], figures[-1].get_suptitle()
 
     closed, moved, trained, broken = (
@@ -93,7 +95,7 @@ def test_captions_tell_how_far_gates_moved_and_stand_apart_from_titles(tmp_path,
     assert above.y0 - below.y1 > 5  # pixels
 
 
-def test_the_images_of_a_folder_that_can_be_read_are_drawn(network, photo, tmp_path, capsys):
+def test_the_images_of_a_folder_that_can_be_read_are_drawn(network, image, tmp_path, capsys):
     """Some names are not UTF-8, or have line breaks or formulas in them."""
     images, output = tmp_path / 'images', tmp_path / 'new' / 'gates.png'
     for name in ('b/1.JPG', os.fsdecode(b'\xff.png'), 'a\n$x^$.png'):
@@ -102,28 +104,28 @@ def test_the_images_of_a_folder_that_can_be_read_are_drawn(network, photo, tmp_p
     (images / 'text.png').write_text('hello')
     (images / 'notes.txt').touch()
     (images / 'loop.png').symlink_to('loop.png')
-    assert run(images, photo, photo, tmp_path / 'none.png', '--model', network, '--output', output) == 1
+    assert run(images, image, image, tmp_path / 'none.png', '--model', network, '--output', output) == 1
     assert [path.name for path in output.parent.iterdir()] == ['gates.png'] and Image.open(output).height > 4 * 150
     out, err = capsys.readouterr()
     assert [line.partition(': ')[0] for line in out.splitlines()] == [
         *(f'{images}/{name}' for name in ('a\\n$x^$.png', 'b/1.JPG', '\\udcff.png')),
-        str(photo),
+        str(image),
         f'drawn in {output}',
     ]
     assert len(err.splitlines()) == 4 and err.endswith('error: 3 of 7 images cannot be read\n')
 
 
-def test_names_of_the_output(network, photo, tmp_path, capsys):
+def test_names_of_the_output(network, image, tmp_path, capsys):
     for _ in range(2):  # an earlier picture is replaced
-        assert run(photo, '--model', network, '--output', tmp_path / 'gates.png') == 0
+        assert run(image, '--model', network, '--output', tmp_path / 'gates.png') == 0
     assert Image.open(tmp_path / 'gates.png').format == 'PNG'
     for words, message in (
-        ((photo, '--output', photo), 'none of the images'),
-        ((photo, '--output', tmp_path / 'g.jpg'), 'must end in .png'),
+        ((image, '--output', image), 'none of the images'),
+        ((image, '--output', tmp_path / 'g.jpg'), 'must end in .png'),
         ((*[tmp_path / f'{i}.png' for i in range(33)], '--output', tmp_path / 'g.png'), 'too many for one picture'),
         ((tmp_path / 'none.png', '--output', tmp_path / 'g.png'), '1 of 1 images cannot be read'),
-        ((photo, '--output', tmp_path / 'g.png', '--model', 'cifar_resnet20'), 'has no MultiScaleRecalibration layer'),
+        ((image, '--output', tmp_path / 'g.png', '--model', 'cifar_resnet20'), 'has no MultiScaleRecalibration layer'),
     ):
         assert run('--model', network, *words) == 1
         assert message in capsys.readouterr().err
-    assert sorted(path.name for path in tmp_path.iterdir()) == ['gates.png', 'photo.png']
+    assert sorted(path.name for path in tmp_path.iterdir()) == ['gates.png', 'image.png']

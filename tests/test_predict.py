@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from trained_run import CLASSES, make_run, weights
 
-from timm_msar.cli import photo
+from timm_msar.cli import inference
 from timm_msar_command import main
 
 COLORS = np.arange(40 * 60 * 3, dtype=np.uint8).reshape(40, 60, 3)
@@ -18,7 +18,7 @@ NAME = 'cifar_resnet20_msar'
 
 @pytest.fixture
 def image(tmp_path):
-    path = tmp_path / 'photo.png'
+    path = tmp_path / 'image.png'
     Image.fromarray(COLORS).save(path)
     return path
 
@@ -99,11 +99,11 @@ def odd_images(folder):
 def test_images_are_read_as_timm_reads_them(channels, mode, tmp_path, capsys):
     odd_images(tmp_path / 'images' / 'a')
     checkpoint = make_run(tmp_path, input_size=[channels, 32, 32], input_img_mode=mode, mean=[0.2], std=[0.3])
-    network = photo.load('', checkpoint)
+    network = inference.load('', checkpoint)
     mode = mode or ('RGB' if channels == 3 else 'L')  # as train.py and validate.py do
     dataset = timm.data.create_dataset('', root=str(tmp_path / 'images'), split='validation', input_img_mode=mode)
     dataset.transform = timm.data.create_transform(**network.config, is_training=False)
-    ours = dict(photo.prepared([Path(name) for name in dataset.filenames(absolute=True)], network))
+    ours = dict(inference.prepared([Path(name) for name in dataset.filenames(absolute=True)], network))
     assert len(ours) == len(dataset) == 13
     assert all(torch.equal(x[0], theirs) for x, (theirs, _) in zip(ours.values(), dataset))
     Image.fromarray(COLORS[..., 0].astype(np.uint16) * 256).save(tmp_path / 'deep.png')  # timm makes white of it

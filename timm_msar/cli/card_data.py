@@ -62,8 +62,8 @@ def _prepared(root: Path) -> dict[str, Any] | None:
     """What `timm-msar data` wrote down about the folder, if the images are still as many."""
     try:
         facts = json.loads(regular_file(root / 'dataset.json').read_text(encoding='utf-8'))
-        whole = all(sum(_images(root / split).values()) == facts[split] for split in ('train', 'validation'))
-        return facts if whole and facts['dataset'] in HUB_DATASETS else None
+        complete = all(sum(_images(root / split).values()) == facts[split] for split in ('train', 'validation'))
+        return facts if complete and facts['dataset'] in HUB_DATASETS else None
     except (CommandError, OSError, ValueError, TypeError, KeyError):  # other programs write files of this name, too
         return None
 

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 
 from .errors import CommandError, printable, say
-from .files import whole
+from .files import written_whole
 from .trained_run import read_arguments, read_summary
 
 # arguments of train.py that may differ between runs of the same configuration
@@ -162,5 +162,5 @@ def draw(groups: Sequence[Curves], output: Path) -> None:
     lines = axes[0].get_legend_handles_labels()
     heading = 'mean and range of n runs' if any(len(group.values['error']) > 1 for group in groups) else None
     figure.legend(*lines, loc='outside lower center', ncols=3, fontsize=8, title=heading)
-    with whole(output) as aside:
+    with written_whole(output) as aside:
         figure.savefig(aside, format='png', dpi=150)

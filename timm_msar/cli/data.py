@@ -39,7 +39,7 @@ from torchvision.datasets import CIFAR10, CIFAR100, FashionMNIST
 from tqdm import tqdm
 
 from .errors import CommandError, positive, say
-from .files import open_image, regular_file, whole
+from .files import open_image, regular_file, written_whole
 
 DATASETS: dict[str, Any] = {'cifar10': CIFAR10, 'cifar100': CIFAR100, 'fashion_mnist': FashionMNIST}
 SPLITS = ('train', 'validation')
@@ -151,7 +151,7 @@ def prepare(name: str, root: Path, source: Path | None = None, per_class: int | 
     Raises:
         CommandError: `root` exists already, or the source is missing or not what was published.
     """
-    with whole(root, folder=True) as aside:
+    with written_whole(root, folder=True) as aside:
         classes, splits = _load(name, source, aside.parent)
         if per_class is not None:
             splits['train'] = _first(per_class, *splits['train'])

@@ -18,7 +18,7 @@ from timm.models import save_for_hf
 
 from .card_data import training_data
 from .errors import CommandError, say
-from .files import regular_file, whole
+from .files import regular_file, written_whole
 from .model_card import model_card
 from .trained_run import data_config, load_trained, read_results
 
@@ -39,7 +39,7 @@ def main(args: argparse.Namespace) -> None:
         CommandError: The checkpoint is not what it should be, or the folder exists.
     """
     output = Path(os.path.realpath(args.output))  # `a/../b` is not found where there is no `a`
-    with whole(output, folder=True) as folder:
+    with written_whole(output, folder=True) as folder:
         summary = write_folder(args.checkpoint, folder, f'local-dir:{output.name}')
     say(summary, f'{output} is ready; after import timm, timm_msar:')
     say(f'timm.create_model("local-dir:{output}", pretrained=True)')

@@ -35,7 +35,7 @@ def open_image(path: Path) -> Image.Image:
 
 
 @contextmanager
-def whole(path: Path, folder: bool = False) -> Iterator[Path]:
+def written_whole(path: Path, folder: bool = False) -> Iterator[Path]:
     """Give a name to write a file or a folder under. It becomes `path` when the block ends without an error.
 
     Until then it is in a hidden folder beside `path`, which only a killed process leaves behind.

@@ -1,4 +1,4 @@
-"""What `predict` and `gates` are given: photos, and a network that looks at them."""
+"""What `predict` and `gates` are given: images, and a network in evaluation mode."""
 
 import argparse
 import sys
