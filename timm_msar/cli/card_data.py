@@ -31,11 +31,9 @@ class TrainingData(NamedTuple):
 
 
 def training_data(args: dict[str, Any], num_classes: int) -> TrainingData:
-    """Find out what train.py trained on. What is in a folder decides which data set it is, not the folder's name.
+    """Find out from train.py's arguments what it trained on, with names for all the network's classes or for none.
 
-    Args:
-        args: Arguments of train.py.
-        num_classes: Classes of the network. As many names, or none, are returned.
+    What is in a folder decides which data set it is, not the folder's name.
     """
     kind, _, name = (args.get('dataset') or '').partition('/')
     split = args.get('val_split') or 'validation'

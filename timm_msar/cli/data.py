@@ -2,11 +2,8 @@
 
 The paper trains its CIFAR networks on random 32×32 crops of images padded by 4 black pixels, flipped at random, and
 tests on the image as it is. timm's train.py has no such option, but its random-resized-crop does exactly this on
-training images that are *stored* padded to 40×40:
-
-* `scale: [0.64, 0.64]`, `ratio: [1.0, 1.0]`: 0.64 · 40² = 32², so each crop is 32×32, at one of the 81 offsets with
-  equal probability; resizing 32 to 32 changes no pixel, whatever the interpolation. `hflip: 0.5` flips it, and
-  `color_jitter: null` leaves the colours alone, as 0.0 does, which takes a quarter of the time of loading.
+training images that are *stored* padded to 40×40. With `scale: [0.64, 0.64]` and `ratio: [1.0, 1.0]` each crop is 32×32
+(0.64 · 40² = 32²), at one of the 81 offsets with equal probability, and resizing 32 to 32 changes no pixel.
 
 Validation images are stored as they are, 32×32. The networks' own data config, 32 px and `crop_pct` 1.0, changes no
 pixel of them, so validate.py needs no option. `tests/test_data.py` compares every pixel of both with the originals.
@@ -81,13 +78,6 @@ def check(root: Path) -> None:
 
     It also counts what timm passes over without a word, in training too: files other than .png, .jpg and .jpeg, the tag
     of a camera by which other programs turn an image, and transparency.
-
-    Args:
-        root: Folder given to train.py as `--data-dir`.
-
-    Raises:
-        CommandError: A split is missing, its classes are others or cannot be told apart, or an image is broken.
-        RuntimeError: timm finds no image in a split.
     """
     for part in root.iterdir() if root.is_dir() else ():
         seen: set[str] = set()
@@ -140,16 +130,9 @@ def _examined(path: str) -> tuple[str, list[str]]:
 
 
 def prepare(name: str, root: Path, source: Path | None = None, per_class: int | None = None) -> None:
-    """Make the folder of images.
+    """Make the folder `root` of all images, or of the first `per_class` training images of each class.
 
-    Args:
-        name: Key of `DATASETS`.
-        root: Folder to make.
-        source: Folder with the data set's own files; where there is none they are downloaded.
-        per_class: Training images of each class, the first ones; all where it is None.
-
-    Raises:
-        CommandError: `root` exists already, or the source is missing or not what was published.
+    The data set's own files are in `source`, or are downloaded.
     """
     with written_whole(root, folder=True) as aside:
         classes, splits = _load(name, source, aside.parent)

@@ -55,7 +55,6 @@ class Digits(Dataset):
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of `timm-msar demo`."""
     parser.add_argument('--output', type=Path, default=Path('demo'), help='folder to make (default: %(default)s)')
     parser.add_argument('--epochs', type=positive, default=8, help='passes over the images (%(default)s)')
 

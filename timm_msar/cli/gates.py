@@ -33,18 +33,13 @@ class Inspection(NamedTuple):
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of `timm-msar gates`."""
     inference.add_arguments(parser)
     default = Path('gates.png')
     parser.add_argument('--output', metavar='PNG', type=Path, default=default, help='picture to write (%(default)s)')
 
 
 def main(args: argparse.Namespace) -> None:
-    """Draw every image that can be read.
-
-    Raises:
-        CommandError: The output is not the name of a picture, or there are too many images, or some cannot be read.
-    """
+    """Draw every image that can be read."""
     output, files = args.output, inference.image_files(args.images)
     if output.suffix.lower() != '.png' or os.path.realpath(output) in map(os.path.realpath, files):
         raise CommandError(f'--output must end in .png and be none of the images, not {output}')

@@ -12,7 +12,6 @@ from .errors import CommandError, say
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of `timm-msar predict`."""
     inference.add_arguments(parser)
 
 
