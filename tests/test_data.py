@@ -8,17 +8,22 @@ import pickle
 import random
 import shutil
 import struct
+from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
+import yaml
 from PIL import Image
-from test_predict import odd_images
+from test_inference import odd_images
 from timm.data import create_dataset, create_loader
 from torchvision.datasets import CIFAR10
 
 from timm_msar.cli import data
 from timm_msar_command import main
+
+RECIPES = Path(__file__).parents[1] / 'train_configs'
 
 
 def run(*words):
@@ -158,9 +163,10 @@ def one_cifar_image(tmp_path, monkeypatch):
     return tmp_path / 'root', train[7], test
 
 
-@pytest.mark.parametrize('interpolation, prefetcher', [('random', True), ('bicubic', False)])
-def test_training_images_are_the_81_crops_and_their_mirrors(one_cifar_image, interpolation, prefetcher):
+@pytest.mark.parametrize(('name', 'prefetcher'), [('cifar_resnet', True), ('cifar_densenet', False)])
+def test_training_images_are_the_81_crops_and_their_mirrors(one_cifar_image, name, prefetcher):
     root, original, _ = one_cifar_image
+    recipe = yaml.safe_load((RECIPES / f'{name}.yaml').read_text(encoding='utf-8'))
     draws = 2000
     dataset = create_dataset('', root=str(root), split='train', is_training=True)
     dataset.reader.samples = dataset.reader.samples * draws  # the same image again and again
@@ -176,8 +182,9 @@ def test_training_images_are_the_81_crops_and_their_mirrors(one_cifar_image, int
     random.seed(0)
     torch.manual_seed(0)
     seen = dict.fromkeys(wanted.values(), 0)
-    recipe = {'scale': (0.64, 0.64), 'ratio': (1.0, 1.0), 'hflip': 0.5, 'color_jitter': 0.0}
-    for image in loaded(dataset, is_training=True, interpolation=interpolation, use_prefetcher=prefetcher, **recipe):
+    options = {key: recipe[key] for key in ('scale', 'ratio', 'hflip', 'color_jitter')}
+    options |= {'interpolation': recipe['train_interpolation'], 'use_prefetcher': prefetcher}
+    for image in loaded(dataset, is_training=True, **options):
         seen[wanted[image.tobytes()]] += 1  # a KeyError is an image that is none of the 162
     assert sum(seen.values()) == draws
     assert min(seen.values()) > 0
@@ -188,7 +195,9 @@ def test_training_images_are_the_81_crops_and_their_mirrors(one_cifar_image, int
 def test_validation_images_are_the_originals(one_cifar_image):
     root, _, originals = one_cifar_image
     dataset = create_dataset('', root=str(root), split='validation')
-    outputs = np.stack([*loaded(dataset, crop_pct=1.0, interpolation='bilinear', use_prefetcher=True)])
+    own = timm.data.resolve_model_data_config(timm.create_model('cifar_resnet20_msar', device='meta'))
+    options = {key: own[key] for key in ('crop_pct', 'crop_mode', 'interpolation')}
+    outputs = np.stack([*loaded(dataset, use_prefetcher=True, **options)])
     order = [int(path.removesuffix('.png')) for path in dataset.filenames(basename=True)]
     assert sorted(order) == list(range(len(originals)))
     assert np.array_equal(outputs, originals[order])
