@@ -1,4 +1,4 @@
-"""timm's own, unmodified train.py trains, resumes and validates the networks from the recipes of train_configs/."""
+"""timm's own, unmodified train.py trains and validates the networks from the recipes of train_configs/."""
 
 import csv
 import json
@@ -25,12 +25,12 @@ ENV = {**os.environ, 'OMP_NUM_THREADS': '1', 'MKL_NUM_THREADS': '1'}
 ON_CPU = ('--device', 'cpu', '--workers', 0)
 
 
-def run(*words, code=0) -> str:
+def run(*words) -> str:
     """Run Python with these arguments and return everything that it printed."""
     done = subprocess.run(
         [sys.executable, *map(str, words)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=ENV
     )
-    assert done.returncode == code, done.stdout[-3000:]
+    assert done.returncode == 0, done.stdout[-3000:]
     return done.stdout
 
 
@@ -60,17 +60,6 @@ def test_learns_real_digits(trained):
     assert [float(row['lr']) for row in summary] == pytest.approx([0.05] * 4 + [0.005] * 2 + [0.0005] * 2)
     assert float(summary[-1]['train_loss']) < float(summary[0]['train_loss']) / 2
     assert float(summary[-1]['eval_top1']) > 55  # guessing gives 25
-
-
-def test_resume_goes_on_from_the_checkpoint(trained, digits, tmp_path):
-    command = (*digits, '--epochs', 9, '--output', tmp_path, '--experiment', 'on')
-    log = run(*command, '--resume', trained / 'last.pth.tar')
-    assert 'Restoring optimizer state' in log
-    summary = rows(tmp_path / 'on')
-    assert [int(row['epoch']) for row in summary] == [8]
-    assert float(summary[0]['lr']) == pytest.approx(0.0005)
-    assert float(summary[0]['train_loss']) < float(rows(trained)[1]['train_loss'])
-    assert float(summary[0]['eval_top1']) == pytest.approx(float(rows(trained)[-1]['eval_top1']), abs=15)
 
 
 def assert_validate_agrees(train_folder: Path, script: Path, *arguments) -> None:
@@ -109,17 +98,6 @@ def test_validate_gives_the_same_accuracy_of_an_imagenet_network(model, options,
     train = ('--config', FOLDER / 'in1k.yaml', *arguments, '--batch-size', 4, '--lr', 0.02, '--epochs', 1, *ON_CPU)
     run(timm_scripts / 'train.py', *train, '--output', tmp_path, '--experiment', 'run')
     assert_validate_agrees(tmp_path / 'run', timm_scripts / 'validate.py', *arguments, *options)
-
-
-def test_a_wrong_network_scale_or_plugin_stops_before_training(timm_scripts, digits, tmp_path):
-    for wrong, message in (
-        (['--model', 'cifar_resnet20_mssar'], 'Unknown model (cifar_resnet20_mssar)'),
-        (['--model-kwargs', 'scales=[]'], 'scales'),
-        (['--device-modules', 'timm_mssar'], "No module named 'timm_mssar'"),
-    ):
-        log = run(*digits, *wrong, '--output', tmp_path, code=1)
-        assert message in log.splitlines()[-1]
-        assert 'Train:' not in log
 
 
 @pytest.fixture(scope='module')
