@@ -225,6 +225,7 @@ def test_dropout_is_of_what_the_classifier_sees_or_of_new_features_behind_their_
     x = torch.randn(2, 24, 16, 16)
     out, expected = model.stages[0](x), whole.stages[0](x)
     assert torch.equal(out[:, :24], x) and are_half(out[:, 24:], expected[:, 24:])
+    assert torch.equal(model.eval().stages[0](x), whole.eval().stages[0](x))
 
 
 @pytest.mark.parametrize(
