@@ -18,6 +18,8 @@ import torch
 import yaml
 from PIL import Image, ImageOps
 
+import timm_msar_command
+
 pytestmark = pytest.mark.slow
 
 FOLDER = Path(__file__).parents[1] / 'train_configs'
@@ -64,8 +66,7 @@ def test_learns_real_digits(trained):
 
 def assert_validate_agrees(train_folder: Path, script: Path, *arguments) -> None:
     """validate.py finds the accuracy of the last epoch to its last digit, and the loss, which constants move."""
-    checkpoint = ('--checkpoint', train_folder / 'last.pth.tar')
-    log = run('-m', 'timm_msar.run', script, *arguments, *checkpoint, *ON_CPU)
+    log = run('-m', 'timm_msar.run', script, *arguments, *ON_CPU)
     result = json.loads(log.rpartition('--result\n')[2])
     last = rows(train_folder)[-1]
     assert result['top1'] == round(float(last['eval_top1']), 4)
@@ -74,9 +75,12 @@ def assert_validate_agrees(train_folder: Path, script: Path, *arguments) -> None
     assert float(loss) == pytest.approx(float(last['eval_loss']), abs=2e-4)
 
 
-def test_validate_without_options_gives_the_same_accuracy(trained, timm_scripts, digits_folder):
-    arguments = ('--model', 'cifar_resnet20_msar', '--data-dir', digits_folder)
-    assert_validate_agrees(trained, timm_scripts / 'validate.py', *arguments)
+def test_validate_without_options_gives_the_same_accuracy(trained, timm_scripts, digits_folder, tmp_path):
+    checkpoint, out = trained / 'last.pth.tar', tmp_path / 'out'
+    assert timm_msar_command.main(['export', str(checkpoint), '--output', str(out)]) == 0
+    for network in (('cifar_resnet20_msar', '--checkpoint', checkpoint), (f'local-dir:{out}', '--pretrained')):
+        options = ('--model', *network, '--data-dir', digits_folder)
+        assert_validate_agrees(trained, timm_scripts / 'validate.py', *options)
 
 
 @pytest.mark.parametrize(
@@ -97,7 +101,8 @@ def test_validate_gives_the_same_accuracy_of_an_imagenet_network(model, options,
     arguments = ('--model', model, '--data-dir', data)
     train = ('--config', FOLDER / 'in1k.yaml', *arguments, '--batch-size', 4, '--lr', 0.02, '--epochs', 1, *ON_CPU)
     run(timm_scripts / 'train.py', *train, '--output', tmp_path, '--experiment', 'run')
-    assert_validate_agrees(tmp_path / 'run', timm_scripts / 'validate.py', *arguments, *options)
+    checkpoint = ('--checkpoint', tmp_path / 'run' / 'last.pth.tar')
+    assert_validate_agrees(tmp_path / 'run', timm_scripts / 'validate.py', *arguments, *checkpoint, *options)
 
 
 @pytest.fixture(scope='module')
