@@ -76,14 +76,6 @@ class Hub:
         env = {'HF_ENDPOINT': self.url, 'HF_HOME': str(cache), 'NO_PROXY': '127.0.0.1', 'no_proxy': '127.0.0.1'}
         return {**env, **dict.fromkeys(switches, '1'), **({'HF_TOKEN': token} if token else {})}
 
-    def uploads(self) -> int:
-        """How many files were uploaded."""
-        return sum(request.startswith('PUT /storage/') for request in self.requests)
-
-
-def git_id(content: bytes) -> str:
-    return hashlib.sha1(b'blob %d\0' % len(content) + content).hexdigest()
-
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = 'HTTP/1.1'
@@ -160,7 +152,8 @@ class _Handler(BaseHTTPRequestHandler):
         have, answer = self.hub.repos[repo_id].files(revision), []
         for path in (file['path'] for file in json.loads(self.body)['files']):
             content, lfs = have.get(path), path.endswith(LFS)
-            oid = content and (hashlib.sha256(content).hexdigest() if lfs else git_id(content))
+            git = b'' if lfs or not content else b'blob %d\0' % len(content)
+            oid = content and (hashlib.sha256 if lfs else hashlib.sha1)(git + content).hexdigest()
             answer.append({'path': path, 'uploadMode': 'lfs' if lfs else 'regular', 'shouldIgnore': False, 'oid': oid})
         self.reply_json({'files': answer})
 

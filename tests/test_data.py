@@ -8,17 +8,22 @@ import pickle
 import random
 import shutil
 import struct
+from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
+import yaml
 from PIL import Image
-from test_predict import odd_images
+from test_inference import odd_images
 from timm.data import create_dataset, create_loader
 from torchvision.datasets import CIFAR10
 
 from timm_msar.cli import data
 from timm_msar_command import main
+
+RECIPES = Path(__file__).parents[1] / 'train_configs'
 
 
 def run(*words):
@@ -62,13 +67,13 @@ def write_cifar(folder, monkeypatch):
 @pytest.fixture
 def fashion(tmp_path, monkeypatch):
     """A folder of noise in the format of Fashion-MNIST's four files, label = index modulo 10, with its checksums."""
-    source, images, md5 = tmp_path / 'source', {}, {}
+    source, images, md5 = tmp_path / 'source', [], {}
     source.mkdir()
-    for split, name, count in (('train', 'train', 40), ('validation', 't10k', 20)):
-        images[split] = noise(count, 28, 28, seed=count)
+    for name, count in (('train', 40), ('t10k', 20)):
+        images.append(noise(count, 28, 28, seed=count))
         labels = bytes(index % 10 for index in range(count))
         for kind, header, content in (
-            ('images-idx3', struct.pack('>IIII', 0x803, count, 28, 28), images[split].tobytes()),
+            ('images-idx3', struct.pack('>IIII', 0x803, count, 28, 28), images[-1].tobytes()),
             ('labels-idx1', struct.pack('>II', 0x801, count), labels),
         ):
             (source / f'{name}-{kind}-ubyte.gz').write_bytes(gzip.compress(header + content))
@@ -80,17 +85,22 @@ def fashion(tmp_path, monkeypatch):
 CIFAR10_NAMES = ['airplane', 'automobile', 'bird', 'cat', 'deer', 'dog', 'frog', 'horse', 'ship', 'truck']
 
 
-def test_cifar_folder_holds_every_image_under_its_label(tmp_path, monkeypatch, capsys):
-    train, test = write_cifar(tmp_path / 'source', monkeypatch)
-    run('cifar10', tmp_path / 'root', '--source', tmp_path / 'source')
-    for split, images in {'train': train, 'validation': test}.items():
-        dataset = create_dataset('', root=str(tmp_path / 'root'), split=split)
-        assert list(dataset.reader.class_to_idx) == CIFAR10_NAMES and len(dataset) == len(images)
+def checked_classes(root, train, validation):
+    """Check that every 32×32 image is there as timm reads it, padded to 40×40 for training; return the classes."""
+    for split, images, width in (('train', train, 4), ('validation', validation, 0)):
+        dataset = create_dataset('', root=str(root), split=split)
+        assert len(dataset) == len(images)
         for path, (image, label) in zip(dataset.filenames(basename=True), dataset, strict=True):
             index = int(path.removesuffix('.png'))
             assert label == index % 10
-            width = 4 if split == 'train' else 0
             assert np.array_equal(np.asarray(image), np.pad(images[index], [(width, width)] * 2 + [(0, 0)]))
+    return list(dataset.reader.class_to_idx)
+
+
+def test_cifar_folder_holds_every_image_under_its_label(tmp_path, monkeypatch, capsys):
+    train, test = write_cifar(tmp_path / 'source', monkeypatch)
+    run('cifar10', tmp_path / 'root', '--source', tmp_path / 'source')
+    assert checked_classes(tmp_path / 'root', train, test) == CIFAR10_NAMES
     assert json.loads((tmp_path / 'root' / 'dataset.json').read_text())['classes'] == CIFAR10_NAMES
     assert f'{len(train)} training, {len(test)} validation images' in capsys.readouterr().out
 
@@ -109,15 +119,8 @@ def test_fashion_mnist_is_padded_to_32_and_for_training_to_40(fashion):
     source, root, images = fashion
     run('fashion_mnist', root, '--source', source)
     assert sorted(path.name for path in root.iterdir()) == ['dataset.json', 'train', 'validation']
-    for split in data.SPLITS:
-        dataset = create_dataset('', root=str(root), split=split)
-        folders = list(dataset.reader.class_to_idx)
-        assert (folders[0], folders[9]) == ('0_t-shirt_top', '9_ankle_boot')
-        for path, (image, label) in zip(dataset.filenames(basename=True), dataset, strict=True):
-            index = int(path.removesuffix('.png'))
-            assert label == index % 10
-            grey = np.pad(images[split][index], 6 if split == 'train' else 2)
-            assert np.array_equal(np.asarray(image), np.stack([grey] * 3, axis=2))
+    rgb = [np.stack([np.pad(x, [(0, 0), (2, 2), (2, 2)])] * 3, axis=3) for x in images]
+    assert checked_classes(root, *rgb)[::9] == ['0_t-shirt_top', '9_ankle_boot']
 
 
 def test_the_first_images_of_each_class(fashion, capsys):
@@ -158,9 +161,10 @@ def one_cifar_image(tmp_path, monkeypatch):
     return tmp_path / 'root', train[7], test
 
 
-@pytest.mark.parametrize('interpolation, prefetcher', [('random', True), ('bicubic', False)])
-def test_training_images_are_the_81_crops_and_their_mirrors(one_cifar_image, interpolation, prefetcher):
+@pytest.mark.parametrize(('name', 'prefetcher'), [('cifar_resnet', True), ('cifar_densenet', False)])
+def test_training_images_are_the_81_crops_and_their_mirrors(one_cifar_image, name, prefetcher):
     root, original, _ = one_cifar_image
+    recipe = yaml.safe_load((RECIPES / f'{name}.yaml').read_text(encoding='utf-8'))
     draws = 2000
     dataset = create_dataset('', root=str(root), split='train', is_training=True)
     dataset.reader.samples = dataset.reader.samples * draws  # the same image again and again
@@ -176,8 +180,9 @@ def test_training_images_are_the_81_crops_and_their_mirrors(one_cifar_image, int
     random.seed(0)
     torch.manual_seed(0)
     seen = dict.fromkeys(wanted.values(), 0)
-    recipe = {'scale': (0.64, 0.64), 'ratio': (1.0, 1.0), 'hflip': 0.5, 'color_jitter': 0.0}
-    for image in loaded(dataset, is_training=True, interpolation=interpolation, use_prefetcher=prefetcher, **recipe):
+    options = {key: recipe[key] for key in ('scale', 'ratio', 'hflip', 'color_jitter')}
+    options |= {'interpolation': recipe['train_interpolation'], 'use_prefetcher': prefetcher}
+    for image in loaded(dataset, is_training=True, **options):
         seen[wanted[image.tobytes()]] += 1  # a KeyError is an image that is none of the 162
     assert sum(seen.values()) == draws
     assert min(seen.values()) > 0
@@ -188,7 +193,9 @@ def test_training_images_are_the_81_crops_and_their_mirrors(one_cifar_image, int
 def test_validation_images_are_the_originals(one_cifar_image):
     root, _, originals = one_cifar_image
     dataset = create_dataset('', root=str(root), split='validation')
-    outputs = np.stack([*loaded(dataset, crop_pct=1.0, interpolation='bilinear', use_prefetcher=True)])
+    own = timm.data.resolve_model_data_config(timm.create_model('cifar_resnet20_msar', device='meta'))
+    options = {key: own[key] for key in ('crop_pct', 'crop_mode', 'interpolation')}
+    outputs = np.stack([*loaded(dataset, use_prefetcher=True, **options)])
     order = [int(path.removesuffix('.png')) for path in dataset.filenames(basename=True)]
     assert sorted(order) == list(range(len(originals)))
     assert np.array_equal(outputs, originals[order])

@@ -25,8 +25,8 @@ def digits(monkeypatch):
 
 
 def test_weights_follow_from_the_digits_that_are_not_held_out(digits, tmp_path, capsys, monkeypatch):
-    looks, draw = [], demo.draw
-    monkeypatch.setattr(demo, 'draw', lambda seen, *args: (looks.extend(seen), draw(seen, *args)))
+    inspected, draw = [], demo.draw
+    monkeypatch.setattr(demo, 'draw', lambda seen, *args: (inspected.extend(seen), draw(seen, *args)))
 
     def run(name):
         output = tmp_path / name
@@ -51,7 +51,7 @@ def test_weights_follow_from_the_digits_that_are_not_held_out(digits, tmp_path, 
     with torch.no_grad():
         predicted = model(images).argmax(1).numpy()
     assert accuracy == 100 * (predicted == digits.target[4::5]).mean()
-    said = [seen.prediction.partition(' (')[0] for seen in looks]
+    said = [seen.prediction.partition(' (')[0] for seen in inspected]
     assert said == [f'label: {y}\n{p}' for y, p in zip(digits.target[4::5], predicted)][:16:2]
     digits.target[4::5] = predicted
     again, accuracy = run('b')

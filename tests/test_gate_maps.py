@@ -8,6 +8,7 @@ import pytest
 import slow_reference
 import timm
 import torch
+from test_networks import create, randomise
 from torch import nn
 
 import timm_msar
@@ -24,15 +25,10 @@ NETWORKS = {
 
 def network(name='cifar_resnet20_msar', **kwargs):
     """A network whose gates are nothing special, as after training, and images for it."""
-    torch.manual_seed(0)
-    model = timm.create_model(name.partition(',')[0], num_classes=5, **NETWORKS.get(name, {}), **kwargs)
+    model = randomise(create(name.partition(',')[0], num_classes=5, **NETWORKS.get(name, {}), **kwargs)).train()
     with torch.no_grad():
-        for module in model.modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                module.weight.uniform_(0.5, 2)
-                module.bias.normal_()
         for _ in range(10):
-            model.train()(torch.randn(4, 3, 32, 32))
+            model(torch.randn(4, 3, 32, 32))
     return model.eval(), torch.randn(3, 3, 32, 32)
 
 

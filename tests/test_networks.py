@@ -200,28 +200,12 @@ def test_pruned_to_a_feature(name):
         model.forward_intermediates(x, indices=[9])
 
 
-@pytest.mark.parametrize('output_stride', [8, 16])
-def test_output_stride(output_stride):
-    model = create('resnet18_msar', output_stride=output_stride).eval()
-    assert model(torch.randn(1, 3, 16, 16)).shape == (1, 1000)
-    assert model.forward_features(torch.randn(1, 3, 64, 64)).shape[-1] == 64 // output_stride
-
-
-def test_drop_rates_act_in_training_alone():
-    x = images('cifar_resnet20_msar')
-    for name, kwargs in (
-        ('cifar_resnet20_msar', {'drop_rate': 0.5}),
-        ('cifar_resnet20_msar', {'drop_path_rate': 0.5}),
-        ('cifar_densenet100_msar', {'proj_drop_rate': 0.5}),
-    ):
-        model = create(name, **kwargs)
-        assert torch.equal(model.eval()(x), create(name).eval()(x))
-        model.train()
-        assert not torch.equal(model(x), model(x))
-    rates = [
-        b.drop_path.drop_prob for s in create('cifar_resnet20', drop_path_rate=0.4).stages for b in s if b.drop_path
-    ]
+def test_blocks_are_dropped_in_training_alone_the_last_one_most_often():
+    x, model = images('cifar_resnet20_msar'), create('cifar_resnet20_msar', drop_path_rate=0.4)
+    rates = [block.drop_path.drop_prob for stage in model.stages for block in stage if block.drop_path]
     assert rates == pytest.approx([0.4 * i / 8 for i in range(1, 9)])
+    assert torch.equal(model.eval()(x), create('cifar_resnet20_msar').eval()(x))
+    assert not torch.equal(model.train()(x), model(x))
 
 
 def test_dropout_is_of_what_the_classifier_sees_or_of_new_features_behind_their_gates():
@@ -235,11 +219,13 @@ def test_dropout_is_of_what_the_classifier_sees_or_of_new_features_behind_their_
         features = model.forward_features(x)
         assert torch.equal(features, whole.forward_features(x))
         assert are_half(model.forward_head(features, pre_logits=True), whole.forward_head(features, pre_logits=True))
+        assert torch.equal(model.eval()(x), whole.eval()(x))
     kwargs = {'depth': 1, 'multi_level': False}  # these gates would see what is dropped before them
     model, whole = (create('cifar_densenet100_msar', proj_drop_rate=rate, **kwargs).train() for rate in (0.5, 0))
     x = torch.randn(2, 24, 16, 16)
     out, expected = model.stages[0](x), whole.stages[0](x)
     assert torch.equal(out[:, :24], x) and are_half(out[:, 24:], expected[:, 24:])
+    assert torch.equal(model.eval().stages[0](x), whole.eval().stages[0](x))
 
 
 @pytest.mark.parametrize(
@@ -263,9 +249,8 @@ def test_a_bottleneck_block_has_every_layer_of_timms(kwargs):
 
 
 def test_a_caller_can_override_the_sizes_of_a_network():
-    model = create('cifar_resnet20_msar', layers=(1, 2, 1), channels=(8, 8, 16), drop_path_rate=0.3)
+    model = create('cifar_resnet20_msar', layers=(1, 2, 1), channels=(8, 8, 16))
     assert [len(stage) for stage in model.stages] == [1, 2, 1]
-    assert model.stages[2][0].drop_path.drop_prob == pytest.approx(0.3)
     features = model.forward_intermediates(images('cifar'), intermediates_only=True)
     assert [feature.shape[1:] for feature in features] == [(8, 32, 32), (8, 16, 16), (16, 8, 8)]
     assert len(create('resnet18_msar', layers=(1, 1, 1, 1)).layer1) == 1
@@ -323,14 +308,6 @@ def test_export_with_any_batch(name):
         torch.testing.assert_close(program.module()(x), model(x), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize('name', ['cifar_resnet20_msar', 'resnet18_msar'])
-def test_compiled_without_a_graph_break(name):
-    # The layer is tested with the inductor compiler; what a network adds is the tracing.
-    model = create(name).eval()
-    x = images(name)
-    assert torch.equal(torch.compile(model, fullgraph=True, backend='eager')(x), model(x))
-
-
 @pytest.mark.parametrize('name', KINDS)
 def test_device_and_dtype(name):
     model = create(name, device='meta', dtype=torch.bfloat16)
@@ -343,15 +320,8 @@ def test_device_and_dtype(name):
     assert out.isfinite().all()
 
 
-@pytest.mark.parametrize('name', SMALL)
-def test_a_batch_of_one_trains(name):
-    create(name).train()(torch.randn(1, 3, 64, 64)).sum().backward()
-
-
 @pytest.mark.parametrize('name', KINDS)
 def test_bad_input(name):
-    with pytest.raises(TypeError, match='unexpected keyword'):
-        create(name, scale=(1, 2))
-    for kwargs in ({'scales': []}, {'strategy': 'x'}):
-        with pytest.raises(ValueError, match=next(iter(kwargs))):
+    for error, kwargs in ((TypeError, {'scale': [1]}), (ValueError, {'scales': []}), (ValueError, {'strategy': 'x'})):
+        with pytest.raises(error, match=next(iter(kwargs))):
             create(name, **kwargs)

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from timm_msar.cifar_densenet import Transition
 from timm_msar.cli.multiply_adds import multiply_adds
-from timm_msar.cli.speed import plain
+from timm_msar.cli.speed import NETWORKS
 
 NOTES = {
     'a': 'a misprint: Tables 2 and 3 give 125.7M, as we count',
@@ -62,7 +62,8 @@ def main() -> None:
     lines += ['', *(f'- {letter}: {note}' for letter, note in NOTES.items()), '']
     lines += ['| Network | Parameters | Multiply-adds without gates | with gates | more |', '|---|--:|--:|--:|--:|']
     for name in timm.list_models('*_msar'):
-        before, (after, params) = count(plain(name))[0], count(name)
+        plain = NETWORKS.get(name, name.removesuffix('_msar'))
+        before, (after, params) = count(plain)[0], count(name)
         millions = ' | '.join(f'{value / 1e6:.2f} M' for value in (params, before, after))
         lines.append(f'| {name} | {millions} | {100 * (after / before - 1):.2f} % |')
     print('\n'.join(lines))

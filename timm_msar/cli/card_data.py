@@ -31,11 +31,9 @@ class TrainingData(NamedTuple):
 
 
 def training_data(args: dict[str, Any], num_classes: int) -> TrainingData:
-    """Find out what train.py trained on. What is in a folder decides which data set it is, not the folder's name.
+    """Find out from train.py's arguments what it trained on, with names for all the network's classes or for none.
 
-    Args:
-        args: Arguments of train.py.
-        num_classes: Classes of the network. As many names, or none, are returned.
+    What is in a folder decides which data set it is, not the folder's name.
     """
     kind, _, name = (args.get('dataset') or '').partition('/')
     split = args.get('val_split') or 'validation'
@@ -62,8 +60,8 @@ def _prepared(root: Path) -> dict[str, Any] | None:
     """What `timm-msar data` wrote down about the folder, if the images are still as many."""
     try:
         facts = json.loads(regular_file(root / 'dataset.json').read_text(encoding='utf-8'))
-        whole = all(sum(_images(root / split).values()) == facts[split] for split in ('train', 'validation'))
-        return facts if whole and facts['dataset'] in HUB_DATASETS else None
+        complete = all(sum(_images(root / split).values()) == facts[split] for split in ('train', 'validation'))
+        return facts if complete and facts['dataset'] in HUB_DATASETS else None
     except (CommandError, OSError, ValueError, TypeError, KeyError):  # other programs write files of this name, too
         return None
 

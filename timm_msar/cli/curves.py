@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 
 from .errors import CommandError, printable, say
-from .files import whole
+from .files import written_whole
 from .trained_run import read_arguments, read_summary
 
 # arguments of train.py that may differ between runs of the same configuration
@@ -40,32 +40,22 @@ class Curves(NamedTuple):
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of `timm-msar curves`."""
     parser.add_argument('runs', metavar='RUN_DIR', nargs='+', type=Path, help='folder with summary.csv and args.yaml')
     default = Path('curves.png')
     parser.add_argument('--output', metavar='PNG', type=Path, default=default, help='picture to write (%(default)s)')
 
 
 def main(args: argparse.Namespace) -> None:
-    """Write the picture and print the table.
-
-    Raises:
-        CommandError: A run cannot be read, or the output is no name of a picture.
-    """
+    """Write the picture and print the tables."""
     if args.output.suffix.lower() != '.png':
         raise CommandError(f'the picture is a PNG, so --output must end in .png, not {args.output}')
     groups = read_runs(args.runs)
     draw(groups, args.output)
-    lines = '\n\n'.join(filter(None, (table(groups), differences(groups)))).splitlines()
-    say(*lines, '', f'drawn in {args.output}')
+    say(*table(groups), *differences(groups), '', f'drawn in {args.output}')
 
 
 def read_runs(runs: Sequence[Path]) -> list[Curves]:
-    """Read the runs and put the seeds of a configuration together, in the order in which they are given.
-
-    Raises:
-        CommandError: A run cannot be read, is there twice, or has no validated epoch in common with the other seeds.
-    """
+    """Read the runs and put the seeds of a configuration together, in the order in which they are given."""
     groups: dict[tuple[tuple[str, str], ...], dict[int, Path]] = {}
     for run in runs:
         arguments = read_arguments(run)
@@ -97,7 +87,7 @@ def _together(setting: dict[str, str], settings: Sequence[dict[str, str]], runs:
     return Curves(label, np.array(epochs) + 1, values, int(setting['epochs']))
 
 
-def table(groups: Sequence[Curves]) -> str:
+def table(groups: Sequence[Curves]) -> list[str]:
     """Make the table of configuration, number of seeds, last and best error, last losses, and epochs."""
     rows = [['configuration', 'n', 'last error %', 'best error %', 'training loss', 'validation loss', 'epochs']]
     for label, epochs, values, planned in groups:
@@ -109,7 +99,7 @@ def table(groups: Sequence[Curves]) -> str:
     return _aligned(rows)
 
 
-def differences(groups: Sequence[Curves]) -> str:
+def differences(groups: Sequence[Curves]) -> list[str]:
     """Make the table of differences after the last epoch, mean and standard error of independent runs.
 
     It has a row for each two configurations of two runs or more that have come to the same epoch.
@@ -124,16 +114,16 @@ def differences(groups: Sequence[Curves]) -> str:
                 error = (ours.var(ddof=1) / m + theirs.var(ddof=1) / n) ** 0.5
                 row.append(f'{ours.mean() - theirs.mean():+.{digits}f} ± {error:.{digits}f}')
             rows.append(row)
-    return _aligned(rows) if len(rows) > 1 else ''
+    return ['', *_aligned(rows)] if len(rows) > 1 else []
 
 
 def _mean(x: np.ndarray, digits: int) -> str:
     return f'{x.mean():.{digits}f}' + (f' ± {x.std(ddof=1):.{digits}f}' if len(x) > 1 else '')
 
 
-def _aligned(rows: Sequence[Sequence[str]]) -> str:
+def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     widths = [max(map(len, column)) for column in zip(*rows)]
-    return '\n'.join('  '.join(map(str.ljust, row, widths)).rstrip() for row in rows)
+    return ['  '.join(map(str.ljust, row, widths)).rstrip() for row in rows]
 
 
 def draw(groups: Sequence[Curves], output: Path) -> None:
@@ -162,5 +152,5 @@ def draw(groups: Sequence[Curves], output: Path) -> None:
     lines = axes[0].get_legend_handles_labels()
     heading = 'mean and range of n runs' if any(len(group.values['error']) > 1 for group in groups) else None
     figure.legend(*lines, loc='outside lower center', ncols=3, fontsize=8, title=heading)
-    with whole(output) as aside:
+    with written_whole(output) as aside:
         figure.savefig(aside, format='png', dpi=150)

@@ -2,11 +2,8 @@
 
 The paper trains its CIFAR networks on random 32×32 crops of images padded by 4 black pixels, flipped at random, and
 tests on the image as it is. timm's train.py has no such option, but its random-resized-crop does exactly this on
-training images that are *stored* padded to 40×40:
-
-* `scale: [0.64, 0.64]`, `ratio: [1.0, 1.0]`: 0.64 · 40² = 32², so each crop is 32×32, at one of the 81 offsets with
-  equal probability; resizing 32 to 32 changes no pixel, whatever the interpolation. `hflip: 0.5` flips it, and
-  `color_jitter: null` leaves the colours alone, as 0.0 does, which takes a quarter of the time of loading.
+training images that are *stored* padded to 40×40. With `scale: [0.64, 0.64]` and `ratio: [1.0, 1.0]` each crop is 32×32
+(0.64 · 40² = 32²), at one of the 81 offsets with equal probability, and resizing 32 to 32 changes no pixel.
 
 Validation images are stored as they are, 32×32. The networks' own data config, 32 px and `crop_pct` 1.0, changes no
 pixel of them, so validate.py needs no option. `tests/test_data.py` compares every pixel of both with the originals.
@@ -39,7 +36,7 @@ from torchvision.datasets import CIFAR10, CIFAR100, FashionMNIST
 from tqdm import tqdm
 
 from .errors import CommandError, positive, say
-from .files import open_image, regular_file, whole
+from .files import open_image, regular_file, written_whole
 
 DATASETS: dict[str, Any] = {'cifar10': CIFAR10, 'cifar100': CIFAR100, 'fashion_mnist': FashionMNIST}
 SPLITS = ('train', 'validation')
@@ -51,7 +48,6 @@ FASHION_MNIST_MD5 = {
     't10k-images-idx3-ubyte': '8181f5470baa50b63fa0f6fddb340f0a',
     't10k-labels-idx1-ubyte': '15d484375f8d13e6eb1aabb0c3f46965',
 }
-PADDING = 4
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -81,13 +77,6 @@ def check(root: Path) -> None:
 
     It also counts what timm passes over without a word, in training too: files other than .png, .jpg and .jpeg, the tag
     of a camera by which other programs turn an image, and transparency.
-
-    Args:
-        root: Folder given to train.py as `--data-dir`.
-
-    Raises:
-        CommandError: A split is missing, its classes are others or cannot be told apart, or an image is broken.
-        RuntimeError: timm finds no image in a split.
     """
     for part in root.iterdir() if root.is_dir() else ():
         seen: set[str] = set()
@@ -140,37 +129,28 @@ def _examined(path: str) -> tuple[str, list[str]]:
 
 
 def prepare(name: str, root: Path, source: Path | None = None, per_class: int | None = None) -> None:
-    """Make the folder of images.
+    """Make the folder `root` of all images, or of the first `per_class` training images of each class.
 
-    Args:
-        name: Key of `DATASETS`.
-        root: Folder to make.
-        source: Folder with the data set's own files; where there is none they are downloaded.
-        per_class: Training images of each class, the first ones; all where it is None.
-
-    Raises:
-        CommandError: `root` exists already, or the source is missing or not what was published.
+    The data set's own files are in `source`, or are downloaded.
     """
-    with whole(root, folder=True) as aside:
+    with written_whole(root, folder=True) as aside:
         classes, splits = _load(name, source, aside.parent)
-        if per_class is not None:
-            splits['train'] = _first(per_class, *splits['train'])
-        for split, (images, labels, indices) in splits.items():
+        counts = {}
+        for split, (images, labels) in splits.items():
             for folder in classes:
                 (aside / split / folder).mkdir(parents=True)
-            padding = [(PADDING, PADDING)] * 2 if split == 'train' else [(0, 0)] * 2
-            progress = tqdm(images, f'Writing {split}', unit=' images', disable=None)
-            for image, label, index in zip(progress, labels, indices):
-                padded = np.pad(image, padding + [(0, 0)] * (image.ndim - 2))
-                Image.fromarray(padded).save(aside / split / classes[label] / f'{index:05d}.png')
-        counts = {split: len(labels) for split, (_, labels, _) in splits.items()}
+            chosen = _first(per_class, labels) if per_class and split == 'train' else np.arange(len(labels))
+            counts[split], edge = len(chosen), 4 if split == 'train' else 0
+            for index in tqdm(chosen, f'Writing {split}', unit=' images', disable=None):
+                padded = np.pad(images[index], [(edge, edge), (edge, edge), (0, 0)][: images.ndim - 1])
+                Image.fromarray(padded).save(aside / split / classes[labels[index]] / f'{index:05d}.png')
         facts = {'dataset': name, 'per_class': per_class, 'classes': classes, **counts}
         (aside / 'dataset.json').write_text(json.dumps(facts, indent=2) + '\n')
     say(f'{root} is ready for train.py: {counts["train"]} training, {counts["validation"]} validation images')
 
 
 def _load(name: str, source: Path | None, download: Path) -> tuple[list[str], dict]:
-    """Read the images as (N, 32, 32) or (N, 32, 32, 3) bytes, their labels and numbers, and names for the folders."""
+    """Read the images as (N, 32, 32) or (N, 32, 32, 3) bytes, their labels, and names for the folders."""
     dataset, fashion = DATASETS[name], name == 'fashion_mnist'
     if fashion and source is None and DEBIAN_FASHION_MNIST.is_dir():
         source = DEBIAN_FASHION_MNIST
@@ -188,8 +168,8 @@ def _load(name: str, source: Path | None, download: Path) -> tuple[list[str], di
         raise CommandError(f'{problem}: {error}. Fetch {", ".join(urls)} {where}, and add --source FOLDER') from error
     splits = {}
     for split, data in zip(SPLITS, made):
-        images, labels = np.asarray(data.data), np.asarray(data.targets)
-        splits[split] = np.pad(images, [(0, 0), (2, 2), (2, 2)]) if fashion else images, labels, np.arange(len(labels))
+        images = np.asarray(data.data)
+        splits[split] = np.pad(images, [(0, 0), (2, 2), (2, 2)]) if fashion else images, np.asarray(data.targets)
     classes = made[0].classes  # CIFAR's are in the order of their names already
     return [f'{i}_{re.sub("[ /]", "_", c.lower())}' for i, c in enumerate(classes)] if fashion else classes, splits
 
@@ -206,10 +186,9 @@ def _unpacked(source: Path, download: Path) -> Path:
     return download
 
 
-def _first(count: int, images: np.ndarray, labels: np.ndarray, indices: np.ndarray) -> tuple[np.ndarray, ...]:
-    """Keep the first `count` images of each class, in their order."""
+def _first(count: int, labels: np.ndarray) -> np.ndarray:
+    """The numbers of the first `count` images of each class."""
     by_class = [np.flatnonzero(labels == label)[:count] for label in np.unique(labels)]
     if (fewest := min(map(len, by_class))) < count:
         raise CommandError(f'--per-class {count} is more than the {fewest} training images of a class')
-    chosen = np.sort(np.concatenate(by_class))
-    return images[chosen], labels[chosen], indices[chosen]
+    return np.sort(np.concatenate(by_class))

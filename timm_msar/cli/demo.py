@@ -22,9 +22,9 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from .errors import positive
-from .files import whole
-from .gates import draw, look
-from .photo import Network
+from .files import written_whole
+from .gates import draw, inspect
+from .inference import Network
 
 NAME = 'cifar_resnet20_msar'
 # Of the loader and of the saved network, so that whoever loads it prepares images as they were here.
@@ -55,7 +55,6 @@ class Digits(Dataset):
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of `timm-msar demo`."""
     parser.add_argument('--output', type=Path, default=Path('demo'), help='folder to make (default: %(default)s)')
     parser.add_argument('--epochs', type=positive, default=8, help='passes over the images (%(default)s)')
 
@@ -63,7 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> None:
     """Run the demo and say where everything is."""
     random_seed(0)
-    with whole(args.output, folder=True) as aside:
+    with written_whole(args.output, folder=True) as aside:
         model, test = train(args.epochs), Digits(held_out=True)
         config = {'pretrained_cfg': {'tag': 'digits'}, 'label_names': DIGITS}
         save_for_hf(model, aside / 'weights', config, safe_serialization=True, data_config=DATA_CONFIG)
@@ -76,11 +75,11 @@ def main(args: argparse.Namespace) -> None:
         accuracy = 100 * np.mean(logits.argmax(1).numpy() == test.targets)
         network = Network('', loaded, DATA_CONFIG, DIGITS)
         shown = [*zip(images, test.targets)][:: len(images) // 8][:8]
-        looks = [
-            (seen := look(network, x[None]))._replace(prediction=f'label: {y}\n{seen.prediction}') for x, y in shown
+        inspected = [
+            (seen := inspect(network, x[None]))._replace(prediction=f'label: {y}\n{seen.prediction}') for x, y in shown
         ]
-        title = f'{NAME}: {len(looks)} of {len(test)} held-out digits, their labels, predictions and gates'
-        draw(looks, title, aside / 'gates.png')
+        title = f'{NAME}: {len(inspected)} of {len(test)} held-out digits, their labels, predictions and gates'
+        draw(inspected, title, aside / 'gates.png')
     print(f"""
 network            {NAME}, trained on {len(Digits(held_out=False))} of scikit-learn's handwritten digits
 held-out accuracy  {accuracy:.2f} % of the {len(test)} other digits, after {args.epochs} epochs

@@ -18,7 +18,7 @@ from timm.models import save_for_hf
 
 from .card_data import training_data
 from .errors import CommandError, say
-from .files import regular_file, whole
+from .files import regular_file, written_whole
 from .model_card import model_card
 from .trained_run import data_config, load_trained, read_results
 
@@ -27,19 +27,14 @@ ABOUT_THE_BASE = ('origin_url', 'license', 'notes', 'paper_ids', 'paper_name')  
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of `timm-msar export`."""
     parser.add_argument('checkpoint', type=Path, help='model_best.pth.tar or last.pth.tar, beside its summary.csv')
     parser.add_argument('--output', metavar='DIR', type=Path, required=True, help='folder to make, MODEL.TAG')
 
 
 def main(args: argparse.Namespace) -> None:
-    """Export the checkpoint.
-
-    Raises:
-        CommandError: The checkpoint is not what it should be, or the folder exists.
-    """
+    """Export the checkpoint."""
     output = Path(os.path.realpath(args.output))  # `a/../b` is not found where there is no `a`
-    with whole(output, folder=True) as folder:
+    with written_whole(output, folder=True) as folder:
         summary = write_folder(args.checkpoint, folder, f'local-dir:{output.name}')
     say(summary, f'{output} is ready; after import timm, timm_msar:')
     say(f'timm.create_model("local-dir:{output}", pretrained=True)')
@@ -56,9 +51,6 @@ def write_folder(checkpoint: Path, folder: Path, model_id: str) -> str:
 
     Returns:
         One line on what was exported.
-
-    Raises:
-        CommandError: The checkpoint cannot be used, or what was written does not compute the same.
     """
     model, args, trained = load_trained(checkpoint)
     results = read_results(checkpoint, args, trained)
@@ -97,11 +89,7 @@ def write_folder(checkpoint: Path, folder: Path, model_id: str) -> str:
 
 
 def compare_checksum(folder: Path) -> None:
-    """Compare the weights in an exported folder with their checksum in config.json, if it has one.
-
-    Raises:
-        CommandError: They differ, or something in the folder is no file.
-    """
+    """Compare the weights in an exported folder, where all must be files, with the checksum in config.json, if any."""
     for path in filter(Path.exists, folder.iterdir()):
         _ = path.is_dir() or regular_file(path)
     wanted = json.loads((folder / 'config.json').read_text(encoding='utf-8')).get('weights_sha256')

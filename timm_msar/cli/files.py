@@ -12,22 +12,14 @@ from .errors import CommandError
 
 
 def regular_file(path: Path) -> Path:
-    """Return `path` if it is a file. A fifo would be waited for without end.
-
-    Raises:
-        CommandError: There is no such file, or it is a folder or something else.
-    """
+    """Return `path` if it is a file. A fifo would be waited for without end."""
     if not path.is_file():
         raise CommandError(f'{path} is not a file' if os.path.lexists(path) else f'there is no file {path}')
     return path
 
 
 def open_image(path: Path) -> Image.Image:
-    """Open an image that timm can convert.
-
-    Raises:
-        CommandError: There is no such file, or its values have more than 8 bits.
-    """
+    """Open an image that timm can convert: its values have 8 bits."""
     image = Image.open(regular_file(path))
     if image.mode[0] in 'IF':  # convert() cuts off what is above 255
         raise CommandError('its values have more than 8 bits, so timm would make it white')
@@ -35,21 +27,15 @@ def open_image(path: Path) -> Image.Image:
 
 
 @contextmanager
-def whole(path: Path, folder: bool = False) -> Iterator[Path]:
+def written_whole(path: Path, folder: bool = False) -> Iterator[Path]:
     """Give a name to write a file or a folder under. It becomes `path` when the block ends without an error.
 
-    Until then it is in a hidden folder beside `path`, which only a killed process leaves behind.
+    Until then it is in a hidden folder beside `path`, which only a killed process leaves behind. What is replaced is a
+    file, or for a new folder an empty one that nobody is in.
 
     Args:
-        path: The final name. A file there is replaced.
-        folder: Make a folder, to write into. A folder that is there must be empty.
-
-    Yields:
-        The name, on the same file system.
-
-    Raises:
-        CommandError: There is something else under the final name. The folder one is in is not replaced either.
-        OSError: It cannot be written.
+        path: The final name.
+        folder: Make a folder, to write into.
     """
     path = Path(os.path.realpath(path))
     empty = path.is_dir() and not any(path.iterdir())

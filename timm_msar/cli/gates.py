@@ -17,14 +17,14 @@ import torch
 from torch import Tensor
 
 from ..gate_maps import gates
-from . import photo
+from . import inference
 from .errors import CommandError, printable, say
-from .files import whole
+from .files import written_whole
 
-MOST = 32  # images in a picture that one can look at
+MOST = 32  # images in a picture that a person can read
 
 
-class Look(NamedTuple):
+class Inspection(NamedTuple):
     """What a network sees, what it predicts, and its gates: titles and (height, width) arrays by the layer's name."""
 
     image: np.ndarray  # (H, W) or (H, W, 3), from 0 to 1
@@ -33,38 +33,33 @@ class Look(NamedTuple):
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of `timm-msar gates`."""
-    photo.add_arguments(parser)
+    inference.add_arguments(parser)
     default = Path('gates.png')
     parser.add_argument('--output', metavar='PNG', type=Path, default=default, help='picture to write (%(default)s)')
 
 
 def main(args: argparse.Namespace) -> None:
-    """Draw every image that can be read.
-
-    Raises:
-        CommandError: The output is not the name of a picture, or there are too many images, or some cannot be read.
-    """
-    output, files = args.output, photo.image_files(args.images)
+    """Draw every image that can be read."""
+    output, files = args.output, inference.image_files(args.images)
     if output.suffix.lower() != '.png' or os.path.realpath(output) in map(os.path.realpath, files):
         raise CommandError(f'--output must end in .png and be none of the images, not {output}')
     if len(files) > MOST:
         raise CommandError(f'{len(files)} images are too many for one picture; give at most {MOST}')
-    network = photo.load(args.model, args.checkpoint)
-    looks = {path: look(network, x) for path, x in photo.prepared(files, network)}
-    if looks:
-        with whole(output) as aside:
-            draw(list(looks.values()), f'{", ".join(path.name for path in looks)}: {network.name}', aside)
-        for path, seen in looks.items():  # now that the picture is there
+    network = inference.load(args.model, args.checkpoint)
+    inspected = {path: inspect(network, x) for path, x in inference.prepared(files, network)}
+    if inspected:
+        with written_whole(output) as aside:
+            draw(list(inspected.values()), f'{", ".join(path.name for path in inspected)}: {network.name}', aside)
+        for path, seen in inspected.items():  # now that the picture is there
             say(f'{path}: {seen.prediction}')
         say(f'drawn in {output}')
-    if len(looks) < len(files):
-        raise CommandError(f'{len(files) - len(looks)} of {len(files)} images cannot be read')
+    if len(inspected) < len(files):
+        raise CommandError(f'{len(files) - len(inspected)} of {len(files)} images cannot be read')
 
 
 @torch.no_grad()
-def look(network: photo.Network, x: Tensor) -> Look:
-    """Look at one prepared image, (1, C, H, W)."""
+def inspect(network: inference.Network, x: Tensor) -> Inspection:
+    """Predict one prepared image, (1, C, H, W), and find its gates."""
     prediction = ''
     if network.model.num_classes:
         probability, index = network.model(x).softmax(1).max(1)
@@ -82,23 +77,23 @@ def look(network: photo.Network, x: Tensor) -> Look:
         maps[layer] += [(f'mean, K = {k}', z_k.mean(0).numpy()) for k, z_k in scales.items()]
     mean, std = (torch.tensor(network.config[key][:3]).view(-1, 1, 1) for key in ('mean', 'std'))
     pixels = (x[0, :3] * std + mean).clamp(0, 1).permute(1, 2, 0).squeeze(2)
-    return Look(pixels.numpy(), printable(prediction), maps)
+    return Inspection(pixels.numpy(), printable(prediction), maps)
 
 
-def draw(looks: Sequence[Look], title: str, path: Path) -> None:
+def draw(inspected: Sequence[Inspection], title: str, path: Path) -> None:
     """Write a PNG file: one image with a row for each stage, or a row for each image.
 
     The colours of all gates are on one scale. It reaches from 0.5 to both sides as far as they do.
     """
     from matplotlib.figure import Figure
 
-    if len(looks) > 1:
+    if len(inspected) > 1:
         rows = [
             (seen, '', [(f'{layer}\n{name}', z) for layer, maps in seen.maps.items() for name, z in maps[:2]])
-            for seen in looks
+            for seen in inspected
         ]
     else:
-        rows = [(seen, layer, maps) for seen in looks for layer, maps in seen.maps.items()]
+        rows = [(seen, layer, maps) for seen in inspected for layer, maps in seen.maps.items()]
     reaches = [abs(z - 0.5).max() for _, _, maps in rows for _, z in maps]
     reach = max(0.001, *reaches)
     columns = 1 + max(len(maps) for _, _, maps in rows)
@@ -117,7 +112,7 @@ def draw(looks: Sequence[Look], title: str, path: Path) -> None:
     for axis in axes.flat:
         axis.set(xticks=[], yticks=[])
     figure.colorbar(colors, ax=axes, aspect=40, label='gate: 0 closed, 1 open')
-    title = f'{photo.printable(title)[:150]}\nShown are the channels whose gates vary most over the image.'
+    title = f'{printable(title)[:150]}\nShown are the channels whose gates vary most over the image.'
     if np.max(reaches) < 0.01:  # and no gate is nan
         title += f' No gate shown is further than {max(reaches):.2g} from 0.5, where a warm start begins.'
     figure.suptitle(title, fontsize=9, parse_math=False)

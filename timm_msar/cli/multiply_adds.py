@@ -13,12 +13,9 @@ from ..regions import means
 def multiply_adds(
     model: nn.Module, input_size: tuple[int, int, int], without: type[nn.Module] | tuple[type[nn.Module], ...] = ()
 ) -> int:
-    """Count the multiply-adds of one image in evaluation. `model` stays as it is, and may be on 'meta'.
+    """Count the multiply-adds of one image (channels, height, width) in evaluation.
 
-    Args:
-        model: The network.
-        input_size: Channels, height and width of the image.
-        without: Layers inside modules of these classes do not count.
+    `model` stays as it is, and may be on 'meta'. Layers inside modules of the classes `without` do not count.
     """
     model = copy.deepcopy(model).eval()
     total = 0

@@ -7,24 +7,23 @@ import argparse
 
 import torch
 
-from . import photo
+from . import inference
 from .errors import CommandError, say
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of `timm-msar predict`."""
-    photo.add_arguments(parser)
+    inference.add_arguments(parser)
 
 
 @torch.no_grad()
 def main(args: argparse.Namespace) -> None:
     """Predict every image that can be read."""
-    files = photo.image_files(args.images)
-    network = photo.load(args.model, args.checkpoint)
+    files = inference.image_files(args.images)
+    network = inference.load(args.model, args.checkpoint)
     if not network.model.num_classes:
         raise CommandError(f'{network.name} has no classifier, so it predicts nothing')
     read = 0
-    for read, (path, x) in enumerate(photo.prepared(files, network), 1):  # noqa: B007
+    for read, (path, x) in enumerate(inference.prepared(files, network), 1):  # noqa: B007
         say(path)
         probabilities = network.model(x).softmax(1)[0]
         best = probabilities.topk(min(5, len(probabilities)))

@@ -17,7 +17,6 @@ from .export import write_folder
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of `timm-msar push`."""
     parser.add_argument('checkpoint', type=Path, help='model_best.pth.tar or last.pth.tar, beside its summary.csv')
     parser.add_argument(
         '--repo-id', metavar='ME/NAME', type=repository, required=True, help='repository; NAME should be MODEL.TAG'
@@ -37,11 +36,7 @@ def repository(text: str) -> str:
 
 
 def main(args: argparse.Namespace) -> None:
-    """Check, export and upload the checkpoint.
-
-    Raises:
-        CommandError: The checkpoint is not what it should be, or the Hub does not confirm it.
-    """
+    """Check, export and upload the checkpoint, in one commit."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         say(write_folder(args.checkpoint, folder, f'hf-hub:{args.repo_id}'))

@@ -20,11 +20,13 @@ from tqdm import tqdm
 
 from .errors import CommandError, positive
 
-NETWORKS = 'resnet18_msar', 'resnet34_msar', 'resnet50_msar', 'resnext50_msar'
+NETWORKS = {  # and the plain network of each; timm has an SE network of the same name
+    **{f'{name}_msar': name for name in ('resnet18', 'resnet34', 'resnet50')},
+    'resnext50_msar': 'resnext50_32x4d',
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of `timm-msar speed`."""
     parser.add_argument('network', nargs='*', metavar='NETWORK', help=f'of {", ".join(NETWORKS)} (default: all)')
     parser.add_argument('--device', help='where to run (default: the accelerator if there is one, else cpu)')
     parser.add_argument('--batch-size', type=positive, default=8, help='images (default: 8)')
@@ -35,18 +37,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--compile', nargs='?', const='default', metavar='MODE', help=modes)
 
 
-def plain(name: str) -> str:
-    """The name of the same network without gates."""
-    return {'resnext50_msar': 'resnext50_32x4d'}.get(name, name.removesuffix('_msar'))
-
-
 def main(args: argparse.Namespace) -> None:
-    """Print a Markdown table with four rows for each network: plain, SE, ours with L = {1}, and ours.
-
-    Raises:
-        CommandError: A network is none of those that have a plain and an SE network in timm.
-    """
-    if unknown := set(args.network) - set(NETWORKS):
+    """Print a Markdown table with four rows for each network: plain, SE, ours with L = {1}, and ours."""
+    if unknown := set(args.network).difference(NETWORKS):
         raise CommandError(f'{unknown.pop()} is none of {", ".join(NETWORKS)}')
     device = torch.device(args.device or torch.accelerator.current_accelerator(check_available=True) or 'cpu')
     torch.backends.cudnn.benchmark = True  # as timm's scripts do
@@ -54,7 +47,8 @@ def main(args: argparse.Namespace) -> None:
     images = images.contiguous(memory_format=torch.channels_last)
     contestants = []
     for ours in args.network or NETWORKS:
-        for name, kwargs in ((plain(ours), {}), (f'se{plain(ours)}', {}), (ours, {'scales': [1]}), (ours, {})):
+        plain = NETWORKS[ours]
+        for name, kwargs in ((plain, {}), (f'se{plain}', {}), (ours, {'scales': [1]}), (ours, {})):
             model = timm.create_model(name, **kwargs).to(device, memory_format=torch.channels_last)
             name += ', scales=[1]' if kwargs else ''
             contestants.append(Contestant(name, model, images, args.amp, args.compile))

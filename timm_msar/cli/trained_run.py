@@ -32,14 +32,8 @@ def load_trained(path: Path) -> tuple[Any, dict[str, Any], dict[str, Any]]:
 
     These are the moving average of the weights if there is one, except under `--model-ema-force-cpu`.
 
-    Args:
-        path: `model_best.pth.tar`, `last.pth.tar` or `checkpoint-EPOCH.pth.tar`.
-
     Returns:
-        The network in evaluation mode, train.py's arguments, and the checkpoint, such as its `epoch`.
-
-    Raises:
-        CommandError: The file does not hold one complete, finite network.
+        The network in evaluation mode, all weights finite; train.py's arguments; the checkpoint with its `epoch`.
     """
     checkpoint = _read_checkpoint(path)
     args = checkpoint.get('args')
@@ -50,11 +44,7 @@ def load_trained(path: Path) -> tuple[Any, dict[str, Any], dict[str, Any]]:
 
 
 def read_arguments(run: Path) -> dict[str, Any]:
-    """Read train.py's arguments from the `args.yaml` of a run's folder; `model` is among them.
-
-    Raises:
-        CommandError: The file is missing or names no model.
-    """
+    """Read train.py's arguments from the `args.yaml` of a run's folder; `model` is among them."""
     path = regular_file(run / 'args.yaml')
     text = path.read_text(encoding='utf-8')
     if sum(isinstance(token, yaml.AliasToken) for token in yaml.scan(text)) > 16:  # safe_load merges without end
@@ -70,9 +60,6 @@ def read_summary(path: Path) -> list[dict[str, float]]:
     Returns:
         A row for each epoch, in order: `epoch` (an int, from 0), `train_loss` and the other columns, such as
         `eval_top1` in percent. A loss may be NaN, where training diverged.
-
-    Raises:
-        CommandError: The file is missing, it has no epoch, or a line is cut off or damaged.
     """
     header, *lines = regular_file(path).read_text(encoding='utf-8').splitlines(keepends=True) or ['\n']
     rows: dict[int, dict[str, float]] = {}
@@ -93,8 +80,7 @@ def read_summary(path: Path) -> list[dict[str, float]]:
 def read_results(path: Path, args: dict[str, Any], checkpoint: dict[str, Any]) -> dict[str, float]:
     """Read `top1` and `top5` of a checkpoint in percent from the `summary.csv` beside it; none if it was not validated.
 
-    Raises:
-        CommandError: The checkpoint's own metric shows that the file is of another run.
+    The checkpoint's own metric shows whether the file is of another run.
     """
     if (metric := checkpoint.get('metric')) is None:
         return {}
@@ -106,13 +92,9 @@ def read_results(path: Path, args: dict[str, Any], checkpoint: dict[str, Any]) -
 
 
 def data_config(args: dict[str, Any], model: Any) -> dict[str, Any]:
-    """Return what timm's `create_transform` needs to prepare an image as train.py did for validation.
+    """Return what timm's `create_transform` needs to prepare images as train.py with these `args` did for validation.
 
     Where a network of grey images has three means, timm's loader takes their average, and so does this.
-
-    Args:
-        args: Arguments of train.py, which come before the network's own; {} for the network's own alone.
-        model: The network.
     """
     config = resolve_data_config(args, model=model)
     channels = config['input_size'][0]

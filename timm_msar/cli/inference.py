@@ -1,4 +1,4 @@
-"""What `predict` and `gates` are given: photos, and a network that looks at them."""
+"""What `predict` and `gates` are given: images, and a network in evaluation mode."""
 
 import argparse
 import sys
@@ -38,11 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def load(name: str, checkpoint: Path | None) -> Network:
-    """Load a network with its pretrained weights, or a checkpoint of train.py instead.
-
-    Raises:
-        CommandError: The checkpoint or the exported folder is damaged, or the network cannot be had.
-    """
+    """Load a network with its pretrained weights, or a checkpoint of train.py instead."""
     classes: Sequence[str]
     if checkpoint:
         model, train_args, _ = load_trained(checkpoint)
@@ -66,11 +62,7 @@ def load(name: str, checkpoint: Path | None) -> Network:
 
 
 def image_files(paths: Sequence[Path]) -> list[Path]:
-    """The files, and in place of a folder the images below it; each once.
-
-    Raises:
-        CommandError: There is no image in a folder.
-    """
+    """The files, and in place of a folder the images below it; each once."""
     files: dict[Path, None] = {}
     for path in paths:
         found = [p for p in path.rglob('*') if is_img_extension(p.suffix.lower())] if path.is_dir() else [path]

@@ -41,7 +41,7 @@ def stopped_at(line, path, folder, number):
         code = 1
         try:
             sys.settrace(trace)
-            with files.whole(path, folder) as aside:
+            with files.written_whole(path, folder) as aside:
                 write(aside, 'new', folder)
             code = 0
         finally:
@@ -74,6 +74,6 @@ def test_what_is_there_stays(tmp_path, monkeypatch):
     (tmp_path / 'mine' / 'thesis').write_text('years of work')
     monkeypatch.chdir(tmp_path / 'empty')  # which would have no name any more
     for name, folder in (('../mine', True), ('../mine', False), ('../mine/thesis', True), ('.', True)):
-        with pytest.raises(CommandError, match='exists already'), files.whole(Path(name), folder):
+        with pytest.raises(CommandError, match='exists already'), files.written_whole(Path(name), folder):
             pass
     assert content(tmp_path / 'mine') == {('thesis', 'years of work')}
