@@ -394,7 +394,7 @@ def test_bad_tensors():
     for size in (7, 8):
         x, source = torch.randn(2, 8, size, size), torch.randn(2, 4, size, size)
         for other in (x[:, :3], x[:1], x.reshape(1, 16, size, size), x.reshape(4, 4, size, size)):
-            with pytest.raises(RuntimeError, match='invalid for input of size|must match the existing size'):
+            with pytest.raises(RuntimeError, match=r'invalid for input of size|must match the existing size'):
                 layer(other, source)
     with pytest.raises(ValueError, match=r'a map \(B, C, H, W\), not a tensor of 3 dimensions'):
         layer(x[0], source[0])
