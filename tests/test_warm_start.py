@@ -10,8 +10,10 @@ from timm.models import load_checkpoint
 from timm.models.resnet import BasicBlock
 from timm.optim import create_optimizer_v2
 from timm.utils import freeze, reparameterize_model
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.fsdp import fully_shard
+from torch.nn.utils import prune
 
 from timm_msar import MultiScaleRecalibration, start_from_plain
 
@@ -290,6 +292,19 @@ def test_assigned_weights_give_the_gates_their_dtype(dtype):
     model.load_state_dict(source.state_dict(), assign=True)
     assert {t.dtype for t in model.state_dict().values()} == {dtype, torch.int64}
     assert torch.equal(model(x), source(x))
+
+
+def test_weights_with_other_names_are_for_pytorch_to_judge():
+    """Those of blocks that a wrapper holds, for activation checkpointing, and of a pruned layer beside a gate."""
+    for change in (
+        lambda model: apply_activation_checkpointing(model, check_fn=lambda m: isinstance(m, BasicBlock)),
+        lambda model: prune.identity(model.stages[0][0].bn2, 'weight'),
+    ):
+        model = timm.create_model('cifar_resnet20_msar')
+        change(model)
+        model.load_state_dict(model.state_dict())
+        with pytest.raises(RuntimeError, match=r'Missing key\(s\)'):
+            model.load_state_dict(plain('cifar_resnet20_msar').state_dict())
 
 
 def test_a_sharded_network_starts_too(tmp_path):

@@ -88,21 +88,22 @@ def complete_gates(
     def is_missing(key: str) -> bool:
         return key not in state_dict or _address(state_dict[key]) == _address(own[key])
 
-    if any(own[key].is_meta or not is_missing(key) for key in gates):
+    beside = [key for keys in doubled.values() for key in keys]
+    if not all(doubled.values()) or not own.keys() >= {*gates, *beside}:  # a wrapper or pruning names weights anew
         return
-    if not all(keys and not any(map(is_missing, keys)) for keys in doubled.values()):
+    if any(own[key].is_meta or not is_missing(key) for key in gates) or any(map(is_missing, beside)):
         return
     if not trained_too and any(map(_is_trained, layers.values())):
         return
-    for key in (key for keys in doubled.values() for key in keys):
+    for key in beside:
         state_dict[key] = 2 * state_dict[key]
     for key, name in gates.items():
-        owner, beside = key.rpartition('.')[0], state_dict[doubled[name][0]]
+        owner, like = key.rpartition('.')[0], state_dict[doubled[name][0]]
         folded = owner.endswith('.fc2') and f'{owner}.bias' in gates  # bn2 is in fc2
         closed = folded or key.endswith(('bn2.weight', 'bn2.bias'))
         value = torch.zeros_like(own[key]) if closed else own[key]
         # With assign=True these very tensors become the network's.
-        state_dict[key] = value.to(beside.device, beside.dtype if value.is_floating_point() else None)
+        state_dict[key] = value.to(like.device, like.dtype if value.is_floating_point() else None)
 
 
 def _address(x: Tensor) -> int:
