@@ -107,16 +107,16 @@ def of_a_cell(a, cells, b, out, sums, height, width, rows, cols, channels,
     top, bottom = (cell // cols * height + rows - 1) // rows, ((cell // cols + 1) * height + rows - 1) // rows
     left, right = (cell % cols * width + cols - 1) // cols, ((cell % cols + 1) * width + cols - 1) // cols
     place, col = (image * rows * cols + cell) * channels + channel, left + tl.arange(0, WIDE)
-    gate = tl.load(cells + place, mask=channel < channels, other=0)
+    gate = tl.load(cells + place, mask=channel < channels, other=0).to(tl.float32)  # as the interpreter needs it
     mask, total = (col < right)[:, None] & (channel < channels)[None], tl.zeros((BLOCK,), tl.float32)
     for row in range(top, bottom):
         at = ((image * height + row) * width + col)[:, None] * channels + channel[None]
-        value = tl.load(a + at, mask=mask, other=0)
+        value = tl.load(a + at, mask=mask, other=0).to(tl.float32)
         tl.store(out + at, value * gate[None], mask=mask)
         if SUM:
-            total += tl.sum(value.to(tl.float32) * tl.load(b + at, mask=mask, other=0).to(tl.float32), 0)
+            total += tl.sum(value * tl.load(b + at, mask=mask, other=0).to(tl.float32), 0)
     if SUM:
-        tl.store(sums + place, total.to(gate.dtype), mask=channel < channels)
+        tl.store(sums + place, total, mask=channel < channels)
 
 
 MATRICES = (regions, '_are_blocks', lambda x, rows, cols: False)
@@ -165,7 +165,7 @@ def network(name: str, device: torch.device, mode: str | None = None) -> Case:
     batch, size = (256, 224) if device.type == 'cuda' else (2, 32)
     images = torch.randn(batch, 3, size, size, device=device).to(memory_format=torch.channels_last)
     model = timm.create_model(name).to(device, memory_format=torch.channels_last)
-    contestant = Contestant(name, model, images, amp=True, mode=mode)
+    contestant = Contestant(name, model, images, amp=device.type == 'cuda', mode=mode)
     return contestant.model, contestant.step
 
 
@@ -173,13 +173,14 @@ def layer_of(name: str, device: torch.device, stage: int) -> Case:
     """The first layer in a stage of a network, and what runs it ten times: in a network, too, launches run ahead."""
     calls, batch, size = (10, 256, 56 >> stage) if device.type == 'cuda' else (1, 2, 8 >> stage)
     module = getattr(timm.create_model(name), f'layer{stage + 1}')[0].se.to(device, memory_format=torch.channels_last)
-    maps = torch.randn(2, batch, 64 << stage, size, size, device=device, dtype=torch.bfloat16)
+    amp = device.type == 'cuda'  # Triton's interpreter takes seconds for a layer in bfloat16
+    maps = torch.randn(2, batch, 64 << stage, size, size, device=device, dtype=torch.bfloat16 if amp else None)
     x, gradient = (t.contiguous(memory_format=torch.channels_last) for t in maps)
     x.requires_grad_()
 
     def run(training: bool) -> None:
         for _ in range(calls):
-            with torch.set_grad_enabled(training), torch.autocast(device.type, torch.bfloat16):
+            with torch.set_grad_enabled(training), torch.autocast(device.type, torch.bfloat16, amp):
                 y = module(x)
             if training:
                 y.backward(gradient)
@@ -192,14 +193,15 @@ def layer_of(name: str, device: torch.device, stage: int) -> Case:
 def measure(cases: dict[str, Case], end: float) -> dict[str, list[float]]:
     """The medians in ms of inference and of a training step, and the MB that a step adds at its peak, by way.
 
-    There are 5 rounds, and up to 50 if they end in time. Each starts with another case.
+    There are 5 rounds (on a processor 1), and up to 50 if they end in time. Each starts with another case.
     """
     found: dict[str, list[list[float]]] = {name: [[], [], []] for name in cases}
-    for number in range(-3, 50):  # the first three compile, choose kernels and allocate
+    on_gpu = next(next(iter(cases.values()))[0].parameters()).is_cuda
+    synchronize, fewest = (torch.cuda.synchronize, 5) if on_gpu else (int, 1)
+    for number in range(-3 if on_gpu else 0, 50):  # the first three compile, choose kernels and allocate
         start, first = time.perf_counter(), number % len(cases)
         for name, training in itertools.product([*cases, *cases][first : first + len(cases)], (False, True)):
             module, run = cases[name]
-            synchronize = torch.cuda.synchronize if next(module.parameters()).is_cuda else int
             module.train(training)
             torch.accelerator.reset_peak_memory_stats()
             with way(name):
@@ -210,7 +212,7 @@ def measure(cases: dict[str, Case], end: float) -> dict[str, list[float]]:
             if number >= 0:
                 found[name][training].append(ms)
                 found[name][2].append(peak / 1e6)
-        if number >= 4 and 2 * time.perf_counter() - start > end:
+        if number + 1 >= fewest and 2 * time.perf_counter() - start > end:
             break
     return {name: [float(np.median(ms)) for ms in (x, y)] + [max(peaks)] for name, (x, y, peaks) in found.items()}
 
@@ -231,7 +233,7 @@ def main() -> int:
     for name in args.ways:
         try:
             with way(name):
-                layer_of('resnet18_msar', device, 0)[1](True)  # in bfloat16
+                layer_of('resnet18_msar', device, 0)[1](True)  # on a GPU in bfloat16
             ways += [name] * against_float64(name, device)
         except Exception as error:  # the other ways are worth their tables
             print(f'{name}: {type(error).__name__}: {error}', flush=True)
@@ -244,11 +246,16 @@ def main() -> int:
         tables = [(f'{ours}, {mode}', network, mode, se, ours) for mode in args.compile for se, ours in NETWORKS]
     names = ['SE', *ways]
     for left, (title, case, argument, se, ours) in zip(range(len(tables), 0, -1), tables):
-        now, found = time.perf_counter(), {}
+        now = time.perf_counter()
+        found: dict[str, list[float]] = {}
         for group in [[name] for name in names] if args.compile else [names]:
             torch.compiler.reset()  # or a network could run code compiled for another way
             cases = {name: case(se if name == 'SE' else ours, device, argument) for name in group}
-            found |= measure(cases, now + (deadline - now) / left)
+            try:
+                found |= measure(cases, now + (deadline - now) / left)
+            except Exception as error:  # a way that cannot be compiled, say
+                print(f'| {title} | {", ".join(group)} | {type(error).__name__} |', flush=True)
+                continue
             for name in group:
                 pairs = zip(found[name], found['SE'])
                 cells = ' | '.join(f'{value:.2f} | {value / of_se if of_se else 0:.2f}' for value, of_se in pairs)
