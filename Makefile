@@ -30,7 +30,7 @@ format: .venv/installed
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
-.venv/installed: pyproject.toml
+.venv/installed: pyproject.toml timm_msar_command.py  # which even an editable install copies
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet --editable '.[test,lint]'

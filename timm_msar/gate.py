@@ -1,16 +1,22 @@
 """The gate of Eq. (1): from the means around a position, at every scale, to a number from 0 to 1 for each channel."""
 
 import warnings
+from functools import cache
 
 import torch
 from timm.layers import create_act_layer, register_notrace_module
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-ONE_IMAGE = (
-    'MS-SAR gates saw a batch of one image in training. They normalise it by its own statistics and remember none: the '
-    'running statistics for evaluation stay as they are. Use larger batches, or freeze the norms (timm.utils.freeze).'
-)
+
+@cache  # once a process
+def _warn_of_one_image() -> None:
+    warnings.warn(
+        'MS-SAR gates saw a batch of one image in training. They normalise it by its own statistics and remember none: '
+        'the running statistics for evaluation stay as they are. Use larger batches, or freeze the norms '
+        '(timm.utils.freeze).',
+        stacklevel=4,
+    )
 
 
 @register_notrace_module  # timm's feature extraction by fx cannot ask for the number of images
@@ -46,11 +52,11 @@ class Gate(nn.Module):
     def _of_one_image(self, y: Tensor) -> Tensor:
         # In training its own statistics normalise it. They are not kept: at scale 1 all cells are alike, and a running
         # variance would go to 0. SyncBatchNorm counts the images of other processes, too.
-        norms = [n for n in (self.bn1, self.bn2) if self.training and getattr(n, 'track_running_stats', False)]
+        norms = [n for n in (self.bn1, self.bn2) if n.training and getattr(n, 'track_running_stats', False)]
         if isinstance(self.bn1, nn.SyncBatchNorm) and torch.distributed.is_initialized():
             norms = norms if torch.distributed.get_world_size(self.bn1.process_group) == 1 else []
-        if norms and not torch.compiler.is_compiling():
-            warnings.warn(ONE_IMAGE, stacklevel=2)  # Python shows it once a process
+        if norms and y.shape[0] == 1 and not torch.compiler.is_compiling():
+            _warn_of_one_image()
         try:
             for norm in norms:
                 norm.track_running_stats = False  # type: ignore[assignment]

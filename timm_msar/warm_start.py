@@ -86,7 +86,7 @@ def complete_gates(
     doubled = {name: [f'{prefix}{key}' for key in _doubled(model, name)] for name in layers}
 
     def is_missing(key: str) -> bool:
-        return key not in state_dict or _address(state_dict[key]) == _address(own[key])
+        return key not in state_dict or _storage(state_dict[key]) == _storage(own[key])
 
     beside = [key for keys in doubled.values() for key in keys]
     if not all(doubled.values()) or not own.keys() >= {*gates, *beside}:  # a wrapper or pruning names weights anew
@@ -106,17 +106,23 @@ def complete_gates(
         state_dict[key] = value.to(like.device, like.dtype if value.is_floating_point() else None)
 
 
-def _address(x: Tensor) -> int:
-    return (x.to_local() if hasattr(x, 'to_local') else x).data_ptr()  # a DTensor has none of its own
+def _storage(x: Tensor) -> int:
+    """What tells storages apart. An address would not: those of empty shards are all 0."""
+    return (x.to_local() if hasattr(x, 'to_local') else x).untyped_storage()._cdata  # of a DTensor, its own shard
 
 
 def _is_trained(layer: MultiScaleRecalibration) -> bool:
-    """Whether the norms, or the biases they are folded into, are neither as they were made nor closed in the end."""
+    """Whether the norms, or the biases they are folded into, are neither as they were made nor closed in the end.
+
+    Frozen norms stay as they were made while the convolutions train, so they say nothing.
+    """
     gate: Any = layer.gate[0]
     norms = {key: value for key, value in gate.state_dict().items() if key.startswith('bn') or key.endswith('bias')}
     is_new = all((value == key.endswith(('weight', 'running_var'))).all() for key, value in norms.items())
+    trains = {name: parameter.requires_grad for name, parameter in gate.named_parameters()}
+    is_frozen = 'bn1.weight' in norms and trains['fc1.weight'] and not trains.get('bn1.weight')
     last = gate.bn2.state_dict() or gate.fc2.state_dict()
-    return not is_new and any(last[key].any() for key in ('weight', 'bias'))
+    return (is_frozen or not is_new) and any(last[key].any() for key in ('weight', 'bias'))
 
 
 def _layers(model: nn.Module) -> dict[str, MultiScaleRecalibration]:
