@@ -86,7 +86,7 @@ def complete_gates(
     doubled = {name: [f'{prefix}{key}' for key in _doubled(model, name)] for name in layers}
 
     def is_missing(key: str) -> bool:
-        return key not in state_dict or _storage(state_dict[key]) == _storage(own[key])
+        return key not in state_dict or _place(state_dict[key]) == _place(own[key])
 
     beside = [key for keys in doubled.values() for key in keys]
     if not all(doubled.values()) or not own.keys() >= {*gates, *beside}:  # a wrapper or pruning names weights anew
@@ -106,9 +106,10 @@ def complete_gates(
         state_dict[key] = value.to(like.device, like.dtype if value.is_floating_point() else None)
 
 
-def _storage(x: Tensor) -> int:
-    """What tells storages apart. An address would not: those of empty shards are all 0."""
-    return (x.to_local() if hasattr(x, 'to_local') else x).untyped_storage()._cdata  # of a DTensor, its own shard
+def _place(x: Tensor) -> tuple[int, int]:
+    """Where a tensor lies. An address would not tell: those of empty shards are all 0."""
+    x = x.to_local() if hasattr(x, 'to_local') else x  # of a DTensor, its own shard
+    return x.untyped_storage()._cdata, x.storage_offset()
 
 
 def _is_trained(layer: MultiScaleRecalibration) -> bool:
@@ -120,7 +121,7 @@ def _is_trained(layer: MultiScaleRecalibration) -> bool:
     norms = {key: value for key, value in gate.state_dict().items() if key.startswith('bn') or key.endswith('bias')}
     is_new = all((value == key.endswith(('weight', 'running_var'))).all() for key, value in norms.items())
     trains = {name: parameter.requires_grad for name, parameter in gate.named_parameters()}
-    is_frozen = 'bn1.weight' in norms and trains['fc1.weight'] and not trains.get('bn1.weight')
+    is_frozen = 'bn1.weight' in norms and trains.get('fc1.weight', True) and not trains.get('bn1.weight')
     last = gate.bn2.state_dict() or gate.fc2.state_dict()
     return (is_frozen or not is_new) and any(last[key].any() for key in ('weight', 'bias'))
 
