@@ -106,7 +106,7 @@ def complete_gates(
         state_dict[key] = value.to(like.device, like.dtype if value.is_floating_point() else None)
 
 
-def _place(x: Tensor) -> tuple[int, int]:
+def _place(x: Tensor) -> tuple[Any, Any]:
     """Where a tensor lies. An address would not tell: those of empty shards are all 0."""
     x = x.to_local() if hasattr(x, 'to_local') else x  # of a DTensor, its own shard
     return x.untyped_storage()._cdata, x.storage_offset()
