@@ -9,17 +9,15 @@ Every response is multiplied by a gate between 0 and 1 that is computed from its
     x̃   = x · 1/L · Σ_K z_K                                                    Eq. (2)
 """
 
-import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from .gate import Gate
-from .regions import STRATEGIES, means, spread, times
+from .regions import STRATEGIES, times
 
-for _function in ('means', 'spread', 'times'):
-    torch.fx.wrap(_function)  # a symbolic tracer does not know the size of a map: it records a call
+torch.fx.wrap('times')
 
 
 class MultiScaleRecalibration(nn.Module):
@@ -57,8 +55,7 @@ class MultiScaleRecalibration(nn.Module):
             raise ValueError(f'strategy must be {" or ".join(map(repr, STRATEGIES))}, not {strategy!r}.')
         self.channels, self.source_channels = channels, source_channels or channels
         self.scales, self.strategy = sorted(scales), strategy
-        if strategy == 'regional' and (g := math.lcm(*scales)) > 4 * max(scales):
-            raise ValueError(f'scales {scales!r} need {g}×{g} cells, too many: their least common multiple is {g}.')
+        self.regions = STRATEGIES[strategy](self.scales)
         widths = self.source_channels, max(1, int(rd_ratio * channels / len(self.scales))), channels
         gate = Gate(*widths, len(self.scales), act_layer, gate_layer, device=device, dtype=dtype)
         self.gate = nn.Sequential()
@@ -69,11 +66,11 @@ class MultiScaleRecalibration(nn.Module):
 
     def gates(self, x: Tensor, source: Tensor | None = None) -> dict[int, Tensor]:
         """z_K at every position for each scale K, of the shape of x, from what `forward` takes. Their mean is Z."""
-        y = means(x if source is None else source, self.scales, self.strategy, self.training)
+        y = self.regions(x if source is None else source)
         z = self.gate(y).unflatten(1, (len(self.scales), -1)).unbind(1)
-        return {k: spread(z_k, x, 1, self.strategy).reshape(x.shape) for k, z_k in zip(self.scales, z)}
+        return {k: self.regions.spread(z_k, x, 1).reshape(x.shape) for k, z_k in zip(self.scales, z)}
 
     def forward(self, x: Tensor, source: Tensor | None = None) -> Tensor:
         """x ⊙ Z, Eq. (2), of x, (B, channels, H, W), with Z of `source`, (B, source_channels, H, W), or of x."""
-        y = means(x if source is None else source, self.scales, self.strategy, self.training)
-        return times(x, spread(self.gate(y), x, len(self.scales), self.strategy))
+        y = self.regions(x if source is None else source)
+        return times(x, self.regions.spread(self.gate(y), x, len(self.scales)))

@@ -1,13 +1,7 @@
 """The coordinate sets S_K of Section 3.2: from positions to the means over them, and from gates back to positions
 
-Regional: position p of an axis is in region ⌊p·K/size⌋, a true partition (bins of adaptive pooling can overlap). With
-g, the least common multiple of the scales, ⌊⌊p·g/size⌋·K/g⌋ = ⌊p·K/size⌋: at every size each region is a block of
-cells of one g×g grid, so the means of all scales are one map. With R[i, p] = 1 where p is in the region of cell i,
-else 0, and R̄, its rows divided by their sums, y = R̄ x R̄ᵀ for each scale. Gates at positions are Rᵀ z R with R of
-cells. Sliding: R[p, q] = 1 where |p - q| ≤ √(H·W)/K, and every position is a cell.
-
-R and R̄ are constants of the sizes of a map. NumPy makes them: it knows no mode of PyTorch's (inference_mode, functorch,
-fake tensors) and no default of the user's, and needs no thread or lock.
+A strategy is a class, and `STRATEGIES` names it. R and R̄ are constants of the sizes of a map. NumPy makes them. It
+knows no mode of PyTorch's (inference_mode, functorch, fake tensors) and no default of the user's, and takes no lock.
 """
 
 import math
@@ -16,54 +10,94 @@ from functools import lru_cache
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-STRATEGIES = ('regional', 'sliding')  # `means` and `spread` choose, and the layer refuses too many cells
 _on_gpu: dict[tuple, Tensor] = {}
 
 
-def means(x: Tensor, scales: list[int], strategy: str, training: bool) -> Tensor:
-    """y of Eq. (1) for x, (B, C, H, W), as (B, L·C, rows, cols): C channels a scale, at cells, or sliding positions."""
-    if x.dim() != 4:
-        raise ValueError(f'MS-SAR takes a map (B, C, H, W), not a tensor of {x.dim()} dimensions.')
-    return _means_of_windows(x, scales) if strategy == 'sliding' else _means_of_regions(x, scales, training)
+class Regional(nn.Module):
+    """Position p of an axis is in region ⌊p·K/size⌋, a true partition (bins of adaptive pooling can overlap).
+
+    With g, the least common multiple of the scales, ⌊⌊p·g/size⌋·K/g⌋ = ⌊p·K/size⌋: at every size each region is a block
+    of cells of one g×g grid, so the means of all scales are one map. With R[i, p] = 1 where p is in the region of
+    cell i, else 0, and R̄, its rows divided by their sums, y = R̄ x R̄ᵀ for each scale. Gates at positions are Rᵀ z R
+    with R of cells.
+    """
+
+    def __init__(self, scales: list[int]):
+        super().__init__()
+        if (g := math.lcm(*scales)) > 4 * max(scales):
+            raise ValueError(f'scales {scales!r} need {g}×{g} cells, too many: their least common multiple is {g}.')
+        self.scales = scales
+
+    def forward(self, x: Tensor) -> Tensor:
+        """y of Eq. (1) for x, (B, C, H, W), as (B, L·C, rows, cols): C channels a scale, at cells."""
+        return means_of_regions(x, self.scales, self.training)
+
+    def spread(self, z: Tensor, x: Tensor, scales: int) -> Tensor:
+        """Z = 1/L Σ_K z_K, of z, (B, L·C, rows, cols), at the positions of x, (B, C, H, W), or of its blocks of
+        positions, (B, C, rows, h, W).
+        """
+        return mean_over_scales(z, x, scales, True)
 
 
-def _means_of_regions(x: Tensor, scales: list[int], training: bool) -> Tensor:
-    of_rows, of_cols = _at_most(x.shape[2], scales, training), _at_most(x.shape[3], scales, training)
+class Sliding(nn.Module):
+    """R[p, q] = 1 where |p - q| ≤ √(H·W)/K, on each axis. Every position is a cell."""
+
+    def __init__(self, scales: list[int]):
+        super().__init__()
+        self.scales = scales
+
+    def forward(self, x: Tensor) -> Tensor:
+        """y of Eq. (1) for x, (B, C, H, W), as (B, L·C, H, W): C channels a scale."""
+        return means_of_windows(x, self.scales)
+
+    def spread(self, z: Tensor, x: Tensor, scales: int) -> Tensor:
+        """Z = 1/L Σ_K z_K, (B, C, H, W), of z, (B, L·C, H, W)."""
+        return mean_over_scales(z, x, scales, False)
+
+
+STRATEGIES: dict[str, type[Regional] | type[Sliding]] = {'regional': Regional, 'sliding': Sliding}
+for _function in ('means_of_regions', 'means_of_windows', 'mean_over_scales'):
+    torch.fx.wrap(_function)  # a symbolic tracer does not know the size of a map: it records a call
+
+
+def means_of_regions(x: Tensor, scales: list[int], training: bool) -> Tensor:
+    batch, channels, height, width = x.shape
+    of_rows, of_cols = _at_most(height, scales, training), _at_most(width, scales, training)
     rows, cols = _lcm(of_rows), _lcm(of_cols)
     on_gpu = x.is_cuda and not torch.jit.is_scripting()  # there one product is faster, forwards and backwards
     if _are_blocks(x, rows, cols) and (len(scales) == 1 or not on_gpu):
-        size = [x.shape[2] // rows, x.shape[3] // cols]  # as the stride, too, and dimensions negative: for XNNPACK
+        size = [height // rows, width // cols]  # as the stride, too, and dimensions negative: for XNNPACK
         x = F.avg_pool2d(x, size, size, count_include_pad=False) if rows * cols > 1 else x.mean((-2, -1), True)
         if len(scales) == 1:
             return x
     y = _matrix(x, of_rows, of_cols, True) @ x.flatten(2).transpose(1, 2)  # (B, rows·cols·L, C)
-    return y.reshape(x.shape[0], rows, cols, len(scales) * x.shape[1]).permute(0, 3, 1, 2)  # channels_last
+    return y.reshape(batch, rows, cols, len(scales) * channels).permute(0, 3, 1, 2)  # channels_last
 
 
-def _means_of_windows(x: Tensor, scales: list[int]) -> Tensor:
-    height, width, y = x.shape[2], x.shape[3], []
-    maps, area = x.flatten(0, 1).to(torch.promote_types(x.dtype, torch.float32)), height * width
+def means_of_windows(x: Tensor, scales: list[int]) -> Tensor:
+    _, _, height, width = x.shape
+    maps, y = x.flatten(0, 1).to(torch.promote_types(x.dtype, torch.float32)), []
     for k in scales:
-        y_k = _windows(height, area, k, maps) @ maps @ _windows(width, area, k, maps).transpose(1, 2)
+        y_k = (
+            _windows(height, height * width, k, maps) @ maps @ _windows(width, height * width, k, maps).transpose(1, 2)
+        )
         y.append(y_k.view(x.shape))
     return torch.cat(y, 1).to(x.dtype)
 
 
-def spread(z: Tensor, x: Tensor, scales: int, strategy: str) -> Tensor:
-    """Z = 1/L Σ_K z_K, of z, (B, L·C, rows, cols), at the positions of x, (B, C, H, W), or of its blocks of positions,
-    (B, C, rows, h, W). Sums follow the order of memory, here and in the backward pass.
-    """
-    batch, channels, height, width = x.shape[0], z.shape[1] // scales, x.shape[2], x.shape[3]
-    rows, cols = (height, width) if strategy == 'sliding' else (z.shape[2], z.shape[3])
-    last = _is_channels_last(x)
+def mean_over_scales(z: Tensor, x: Tensor, scales: int, at_cells: bool) -> Tensor:
+    """Z at positions. Sums follow the order of memory, here and in the backward pass."""
+    batch, _, height, width = x.shape
+    rows, cols = (z.shape[2], z.shape[3]) if at_cells else (height, width)
+    last, channels = _is_channels_last(x), z.shape[1] // scales
     if last:
         z = z.permute(0, 2, 3, 1).reshape(batch, rows, cols, scales, channels).mean(3)
     else:
         z = z.reshape(batch, scales, channels, rows, cols).mean(1)
-    if strategy == 'regional' and rows * cols > 1:
+    if at_cells and rows * cols > 1:
         r = 1 if last else 2  # the dimension of rows
         if _are_blocks(x, rows, cols):
             # Memory holds them once along h. Broadcasting them along both axes would be slow on a processor.
@@ -126,9 +160,10 @@ def _windows(size: int, area: int, scale: int, x: Tensor) -> Tensor:
 def _matrix(x: Tensor, of_rows: list[int], of_cols: list[int], mean: bool) -> Tensor:
     """R ⊗ R, or with `mean` R̄ ⊗ R̄: (1, cells·L, H·W), a row for each cell and scale."""
     height, width = x.shape[2], x.shape[3]
-    elements = _lcm(of_rows) * _lcm(of_cols) * len(of_rows) * height * width
-    if not torch.jit.is_scripting() and _is_kept(elements):
-        return _constant(x, height, width, tuple(of_rows), tuple(of_cols), mean)
+    if not torch.jit.is_scripting() and not torch.compiler.is_dynamo_compiling():  # a compiler fuses the computation
+        size = math.lcm(*of_rows) * math.lcm(*of_cols) * len(of_rows) * height * width
+        if isinstance(size, int) and size <= 2**19:
+            return _constant(x, height, width, tuple(of_rows), tuple(of_cols), mean)
     rows, cols = _axis(height, of_rows, mean, x), _axis(width, of_cols, mean, x)
     return (rows[:, None, :, :, None] * cols[:, :, None]).to(x.dtype).flatten(3).flatten(0, 2)[None]
 
@@ -144,11 +179,6 @@ def _axis(size: int, scales: list[int], mean: bool, x: Tensor) -> Tensor:
     members = members.to(torch.promote_types(x.dtype, torch.float32))
     ends = ((region + 1) * size + scale - 1) // scale  # a sum of members would be a kernel more
     return members / (ends - (region * size + scale - 1) // scale).clamp(min=1) if mean else members
-
-
-def _is_kept(elements: int) -> bool:
-    """Whether a matrix is a constant: no compiler fuses its computation, no symbol is in its size, and it is small."""
-    return not torch.compiler.is_dynamo_compiling() and isinstance(elements, int) and elements <= 2**19
 
 
 @lru_cache(maxsize=32)  # of at most 4 MB

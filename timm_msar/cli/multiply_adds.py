@@ -7,7 +7,6 @@ import torch
 from torch import nn
 
 from ..recalibration import MultiScaleRecalibration
-from ..regions import means
 
 
 def multiply_adds(
@@ -45,4 +44,4 @@ def _of_the_gates(layer: MultiScaleRecalibration, x: torch.Tensor) -> int:
     Of several scales the layer repeats the regions of some. Of one it computes each region once, so these are counted.
     """
     weights = sum(module.weight.numel() for module in layer.modules() if isinstance(module, nn.Conv2d))
-    return weights // len(layer.scales) * sum(means(x, [k], layer.strategy, False).numel() for k in layer.scales)
+    return weights // len(layer.scales) * sum(type(layer.regions)([k])(x).numel() for k in layer.scales)
