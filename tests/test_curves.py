@@ -5,11 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from matplotlib.figure import Figure
 from PIL import Image
 from timm.utils import update_summary
 
-from timm_msar.cli import curves
 from timm_msar_command import main
 
 ROOT = Path(__file__).parents[1]
@@ -73,14 +71,6 @@ def test_lines_are_means_and_bands_are_ranges(three_seeds, tmp_path):
         # Errors of the epochs: the best, the mean, the worst. Losses are in proportion.
         heights = 6 + (drawn[2][0] - np.array(drawn)) * 10 / (drawn[2][0] - drawn[0][0])
         assert heights == pytest.approx(np.array([(16, 18, 20), (7, 8, 9), (6, 8, 10)]), abs=0.2)
-
-
-def test_the_legend_speaks_of_means_only_where_there_are_some(three_seeds, tmp_path, monkeypatch):
-    figures, save = [], Figure.savefig
-    monkeypatch.setattr(Figure, 'savefig', lambda self, *args, **kw: figures.append(self) or save(self, *args, **kw))
-    for runs in (three_seeds, three_seeds[:1]):
-        curves.draw(curves.read_runs(runs), tmp_path / 'picture.png')
-    assert [f.legends[0].get_title().get_text() for f in figures] == ['mean and range of n runs', '']
 
 
 @pytest.mark.parametrize('regime', sorted({path.name.partition('-')[0] for path in RESULTS.iterdir()}))
