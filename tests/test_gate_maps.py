@@ -103,8 +103,9 @@ def test_in_threads_beside_a_training_step():
 
 
 def test_a_compiled_network():
-    model, images = network(layers=(1, 1, 1))
+    model, images = network(layers=(1, 1, 1), channels=(8, 8, 16))
     expected = gates(model, images)
+    assert [z.shape[1] for z in expected.values()] == [8, 8, 16]
     compiled = torch.compile(model, backend='eager')
     with torch.no_grad():
         compiled(images)

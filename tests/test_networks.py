@@ -9,7 +9,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from timm.layers import BlurPool2d
-from timm.models import group_parameters, save_for_hf
+from timm.models import create_feature_extractor, group_parameters, save_for_hf
 
 from timm_msar import MultiScaleRecalibration
 
@@ -285,6 +285,8 @@ def test_fx(name, strategy):
     model = create(name, strategy=strategy)
     torch.fx.symbolic_trace(model.train())
     x, traced = images(name), torch.fx.symbolic_trace(model.eval())
+    (out,) = create_feature_extractor(model, ['fc'])(x).values()
+    torch.testing.assert_close(out, model(x))
     for size in (x, x[..., :24, :20]):
         assert torch.equal(traced(size), model(size))
 

@@ -324,9 +324,10 @@ def test_bad_scales(scales):
         MultiScaleRecalibration(8, scales=scales)
 
 
-def test_bad_strategy():
-    with pytest.raises(ValueError, match="strategy must be 'regional' or 'sliding', not 'local'"):
-        MultiScaleRecalibration(8, strategy='local')
+@pytest.mark.parametrize('strategy', ['local', ['sliding'], None])
+def test_bad_strategy(strategy):
+    with pytest.raises(ValueError, match="strategy must be 'regional' or 'sliding', not "):
+        MultiScaleRecalibration(8, strategy=strategy)
 
 
 def test_scales_with_too_many_cells():
@@ -350,7 +351,7 @@ def test_one_position_compiled_without_inductor(strides):
 
 
 def test_bad_tensors():
-    """PyTorch's own errors, which name the shapes."""
+    """PyTorch's own errors, which name the shapes, and Python's for another number of dimensions."""
     layer = MultiScaleRecalibration(8, source_channels=4)
     x, source = torch.randn(2, 8, 7, 7), torch.randn(2, 4, 7, 7)
     with pytest.raises(RuntimeError, match='to have 12 channels, but got 24'):

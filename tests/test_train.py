@@ -84,6 +84,28 @@ def test_validate_without_options_gives_the_same_accuracy(trained, timm_scripts,
         assert_validate_agrees(trained, timm_scripts / 'validate.py', *options)
 
 
+@pytest.mark.parametrize(
+    ('model', 'options'),
+    [
+        ('resnet18_msar.warm_tv_in1k', []),
+        ('resnet34_msar.warm_ra4_e3600_r224_in1k', ['--use-train-size']),  # which has a larger size for testing
+    ],
+)
+def test_validate_gives_the_same_accuracy_of_an_imagenet_network(model, options, timm_scripts, digits_folder, tmp_path):
+    """With the constants, the crop and the interpolation of the warm start, at 224 px, after eight updates."""
+    data = tmp_path / 'data'
+    for split, number in (('train', 8), ('validation', 4)):
+        for folder in (digits_folder / split).iterdir():
+            (data / split / folder.name).mkdir(parents=True)
+            for file in sorted(folder.iterdir())[:number]:
+                shutil.copy(file, data / split / folder.name)
+    arguments = ('--model', model, '--data-dir', data)
+    train = ('--config', FOLDER / 'in1k.yaml', *arguments, '--batch-size', 4, '--lr', 0.02, '--epochs', 1, *ON_CPU)
+    run(timm_scripts / 'train.py', *train, '--output', tmp_path, '--experiment', 'run')
+    checkpoint = ('--checkpoint', tmp_path / 'run' / 'last.pth.tar')
+    assert_validate_agrees(tmp_path / 'run', timm_scripts / 'validate.py', *arguments, *checkpoint, *options)
+
+
 @pytest.fixture(scope='module')
 def photos(tmp_path_factory) -> dict[str, Path]:
     """Two classes with one photograph each, in ImageNet's layout and in that of `timm-msar data`."""

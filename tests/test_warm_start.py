@@ -302,7 +302,7 @@ def test_a_sharded_network_starts_too(tmp_path):
     torch.distributed.init_process_group('gloo', init_method=f'file://{tmp_path}/rendezvous', rank=0, world_size=1)
     try:
         source, model = plain('cifar_resnet20_msar'), timm.create_model('cifar_resnet20_msar').eval()
-        for block in [*model.stages.children(), model]:
+        for block in [*(block for stage in model.stages for block in stage), model]:
             fully_shard(block)
         options = StateDictOptions(full_state_dict=True, strict=False)
         set_model_state_dict(model, source.state_dict(), options=options)

@@ -51,7 +51,7 @@ class MultiScaleRecalibration(nn.Module):
         distinct = isinstance(scales, (list, tuple)) and len(set(scales)) == len(scales) > 0
         if not distinct or not all(type(k) is int and k > 0 for k in scales):
             raise ValueError(f'scales must be distinct positive integers, such as (1, 2, 4), not {scales!r}.')
-        if strategy not in STRATEGIES:
+        if strategy not in list(STRATEGIES):  # which asks for no hash
             raise ValueError(f'strategy must be {" or ".join(map(repr, STRATEGIES))}, not {strategy!r}.')
         self.channels, self.source_channels = channels, source_channels or channels
         self.scales, self.strategy = sorted(scales), strategy

@@ -1,7 +1,7 @@
 """The coordinate sets S_K of Section 3.2: from positions to the means over them, and from gates back to positions
 
 A strategy is a class, and `STRATEGIES` names it. R and R̄ are constants of the sizes of a map. NumPy makes them. It
-knows no mode of PyTorch's (inference_mode, functorch, fake tensors) and no default of the user's, and takes no lock.
+knows no mode of PyTorch's (inference_mode, functorch, fake tensors) and no default of the user's. It needs no thread.
 """
 
 import math
@@ -19,10 +19,10 @@ _on_gpu: dict[tuple, Tensor] = {}
 class Regional(nn.Module):
     """Position p of an axis is in region ⌊p·K/size⌋, a true partition (bins of adaptive pooling can overlap).
 
-    With g, the least common multiple of the scales, ⌊⌊p·g/size⌋·K/g⌋ = ⌊p·K/size⌋: at every size each region is a block
-    of cells of one g×g grid, so the means of all scales are one map. With R[i, p] = 1 where p is in the region of
-    cell i, else 0, and R̄, its rows divided by their sums, y = R̄ x R̄ᵀ for each scale. Gates at positions are Rᵀ z R
-    with R of cells.
+    With g, the least common multiple of the scales, ⌊⌊p·g/size⌋·K/g⌋ = ⌊p·K/size⌋. So at every size each region is a
+    block of cells of one g×g grid, and the means of all scales are one map. R[i, p] is 1 where p is in the region of
+    cell i, else 0. R̄ has its rows divided by their sums. For each scale y = R̄ x R̄ᵀ. Gates at positions are Rᵀ z R,
+    where R is that of the cells.
     """
 
     def __init__(self, scales: list[int]):
@@ -79,17 +79,18 @@ def means_of_regions(x: Tensor, scales: list[int], training: bool) -> Tensor:
 
 def means_of_windows(x: Tensor, scales: list[int]) -> Tensor:
     _, _, height, width = x.shape
-    maps, y = x.flatten(0, 1).to(torch.promote_types(x.dtype, torch.float32)), []
+    maps, area, y = x.flatten(0, 1).to(torch.promote_types(x.dtype, torch.float32)), height * width, []
     for k in scales:
-        y_k = (
-            _windows(height, height * width, k, maps) @ maps @ _windows(width, height * width, k, maps).transpose(1, 2)
-        )
+        y_k = _windows(height, area, k, maps) @ maps @ _windows(width, area, k, maps).transpose(1, 2)
         y.append(y_k.view(x.shape))
     return torch.cat(y, 1).to(x.dtype)
 
 
 def mean_over_scales(z: Tensor, x: Tensor, scales: int, at_cells: bool) -> Tensor:
-    """Z at positions. Sums follow the order of memory, here and in the backward pass."""
+    """Z at positions or at blocks of them, of z at cells, or without `at_cells` at positions.
+
+    Sums follow the order of memory, here and in the backward pass.
+    """
     batch, _, height, width = x.shape
     rows, cols = (z.shape[2], z.shape[3]) if at_cells else (height, width)
     last, channels = _is_channels_last(x), z.shape[1] // scales
@@ -161,8 +162,8 @@ def _matrix(x: Tensor, of_rows: list[int], of_cols: list[int], mean: bool) -> Te
     """R ⊗ R, or with `mean` R̄ ⊗ R̄: (1, cells·L, H·W), a row for each cell and scale."""
     height, width = x.shape[2], x.shape[3]
     if not torch.jit.is_scripting() and not torch.compiler.is_dynamo_compiling():  # a compiler fuses the computation
-        size = math.lcm(*of_rows) * math.lcm(*of_cols) * len(of_rows) * height * width
-        if isinstance(size, int) and size <= 2**19:
+        elements = math.lcm(*of_rows) * math.lcm(*of_cols) * len(of_rows) * height * width
+        if isinstance(elements, int) and elements <= 2**19:  # of no symbol, and small
             return _constant(x, height, width, tuple(of_rows), tuple(of_cols), mean)
     rows, cols = _axis(height, of_rows, mean, x), _axis(width, of_cols, mean, x)
     return (rows[:, None, :, :, None] * cols[:, :, None]).to(x.dtype).flatten(3).flatten(0, 2)[None]
@@ -183,7 +184,7 @@ def _axis(size: int, scales: list[int], mean: bool, x: Tensor) -> Tensor:
 
 @lru_cache(maxsize=32)  # of at most 4 MB
 def _array(double: bool, height: int, width: int, of_rows: tuple, of_cols: tuple, mean: bool) -> np.ndarray:
-    """The same, by NumPy."""
+    """What `_matrix` returns, by NumPy."""
     axes = []
     for size, scales in ((height, of_rows), (width, of_cols)):
         cells, scale = math.lcm(*scales), np.array(scales)[:, None]
