@@ -1,5 +1,7 @@
 """Plain weights in an MS-SAR network: the same logits to the last bit, and gates that learn from there."""
 
+import sys
+
 import pytest
 import timm
 import torch
@@ -297,8 +299,9 @@ def test_weights_with_other_names_are_for_pytorch_to_judge():
             model.load_state_dict(plain('cifar_resnet20_msar').state_dict())
 
 
-def test_a_sharded_network_starts_too(tmp_path):
+def test_a_sharded_network_starts_too(tmp_path, monkeypatch):
     """FSDP2 holds DTensors, which have no address of their own."""
+    monkeypatch.setattr(sys, 'excepthook', sys.excepthook)  # PyTorch sets one that names the rank, for good
     torch.distributed.init_process_group('gloo', init_method=f'file://{tmp_path}/rendezvous', rank=0, world_size=1)
     try:
         source, model = plain('cifar_resnet20_msar'), timm.create_model('cifar_resnet20_msar').eval()
