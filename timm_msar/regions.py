@@ -162,8 +162,8 @@ def _matrix(x: Tensor, of_rows: list[int], of_cols: list[int], mean: bool) -> Te
     """R ⊗ R, or with `mean` R̄ ⊗ R̄: (1, cells·L, H·W), a row for each cell and scale."""
     height, width = x.shape[2], x.shape[3]
     if not torch.jit.is_scripting() and not torch.compiler.is_dynamo_compiling():  # a compiler fuses the computation
-        elements = math.lcm(*of_rows) * math.lcm(*of_cols) * len(of_rows) * height * width
-        if isinstance(elements, int) and elements <= 2**19:  # of no symbol, and small
+        elements = _lcm(of_rows) * _lcm(of_cols) * len(of_rows) * height * width
+        if isinstance(elements, int) and elements <= 2**19:  # no symbol, and small enough to keep
             return _constant(x, height, width, tuple(of_rows), tuple(of_cols), mean)
     rows, cols = _axis(height, of_rows, mean, x), _axis(width, of_cols, mean, x)
     return (rows[:, None, :, :, None] * cols[:, :, None]).to(x.dtype).flatten(3).flatten(0, 2)[None]
