@@ -288,16 +288,6 @@ def test_what_is_no_batch_norm_is_not_folded():
     torch.testing.assert_close(reparameterize_model(nn.Sequential(layer)).eval()(x), layer.eval()(x))
 
 
-def test_timm_freezes_the_norms():
-    layer = layer_of(channels=6)
-    freeze(layer)
-    layer.train()
-    before = {key: tensor.clone() for key, tensor in layer.state_dict().items()}
-    x = torch.randn(3, 6, 14, 14)
-    torch.testing.assert_close(layer(x), layer.eval()(x))
-    torch.testing.assert_close(layer.state_dict(), before, rtol=0, atol=0)
-
-
 def test_the_convolutions_are_called_as_modules():
     """Hooks for visualisation see them, and so does pruning, which computes the weight before each call."""
     layer, called = layer_of(channels=6), []

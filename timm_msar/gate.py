@@ -8,15 +8,7 @@ from timm.layers import create_act_layer, register_notrace_module
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-
-@cache  # once a process
-def _warn_of_one_image() -> None:
-    warnings.warn(
-        'MS-SAR gates saw a batch of one image in training. They normalise it by its own statistics and remember none: '
-        'the running statistics for evaluation stay as they are. Use larger batches, or freeze the norms '
-        '(timm.utils.freeze).',
-        stacklevel=4,
-    )
+_warn_once = cache(warnings.warn)  # Python's own filter forgets
 
 
 @register_notrace_module  # timm's feature extraction by fx cannot ask for the number of images
@@ -56,7 +48,11 @@ class Gate(nn.Module):
         if isinstance(self.bn1, nn.SyncBatchNorm) and torch.distributed.is_initialized():
             norms = norms if torch.distributed.get_world_size(self.bn1.process_group) == 1 else []
         if norms and y.shape[0] == 1 and not torch.compiler.is_compiling():
-            _warn_of_one_image()
+            _warn_once(
+                'MS-SAR gates saw a batch of one image in training. They normalise it by its own statistics and '
+                'remember none: the running statistics for evaluation stay as they are. Use larger batches, or '
+                'freeze the norms (timm.utils.freeze).'
+            )
         try:
             for norm in norms:
                 norm.track_running_stats = False  # type: ignore[assignment]

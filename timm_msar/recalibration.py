@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from .gate import Gate
-from .regions import STRATEGIES, times
+from .regions import STRATEGIES, spread, times
 
+torch.fx.wrap('spread')
 torch.fx.wrap('times')
 
 
@@ -68,9 +69,9 @@ class MultiScaleRecalibration(nn.Module):
         """z_K at every position for each scale K, of the shape of x, from what `forward` takes. Their mean is Z."""
         y = self.regions(x if source is None else source)
         z = self.gate(y).unflatten(1, (len(self.scales), -1)).unbind(1)
-        return {k: self.regions.spread(z_k, x, 1).reshape(x.shape) for k, z_k in zip(self.scales, z)}
+        return {k: spread(z_k, x, 1, self.regions.at_cells).reshape(x.shape) for k, z_k in zip(self.scales, z)}
 
     def forward(self, x: Tensor, source: Tensor | None = None) -> Tensor:
         """x ⊙ Z, Eq. (2), of x, (B, channels, H, W), with Z of `source`, (B, source_channels, H, W), or of x."""
         y = self.regions(x if source is None else source)
-        return times(x, self.regions.spread(self.gate(y), x, len(self.scales)))
+        return times(x, spread(self.gate(y), x, len(self.scales), self.regions.at_cells))

@@ -5,15 +5,13 @@ knows no mode of PyTorch's (inference_mode, functorch, fake tensors) and no defa
 """
 
 import math
-from functools import lru_cache
+from contextlib import suppress
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx.experimental.symbolic_shapes import statically_known_true
-
-_on_gpu: dict[tuple, Tensor] = {}
 
 
 class Regional(nn.Module):
@@ -29,17 +27,11 @@ class Regional(nn.Module):
         super().__init__()
         if (g := math.lcm(*scales)) > 4 * max(scales):
             raise ValueError(f'scales {scales!r} need {g}×{g} cells, too many: their least common multiple is {g}.')
-        self.scales = scales
+        self.scales, self.at_cells = scales, True
 
     def forward(self, x: Tensor) -> Tensor:
         """y of Eq. (1) for x, (B, C, H, W), as (B, L·C, rows, cols): C channels a scale, at cells."""
         return means_of_regions(x, self.scales, self.training)
-
-    def spread(self, z: Tensor, x: Tensor, scales: int) -> Tensor:
-        """Z = 1/L Σ_K z_K, of z, (B, L·C, rows, cols), at the positions of x, (B, C, H, W), or of its blocks of
-        positions, (B, C, rows, h, W).
-        """
-        return mean_over_scales(z, x, scales, True)
 
 
 class Sliding(nn.Module):
@@ -47,19 +39,15 @@ class Sliding(nn.Module):
 
     def __init__(self, scales: list[int]):
         super().__init__()
-        self.scales = scales
+        self.scales, self.at_cells = scales, False
 
     def forward(self, x: Tensor) -> Tensor:
         """y of Eq. (1) for x, (B, C, H, W), as (B, L·C, H, W): C channels a scale."""
         return means_of_windows(x, self.scales)
 
-    def spread(self, z: Tensor, x: Tensor, scales: int) -> Tensor:
-        """Z = 1/L Σ_K z_K, (B, C, H, W), of z, (B, L·C, H, W)."""
-        return mean_over_scales(z, x, scales, False)
-
 
 STRATEGIES: dict[str, type[Regional] | type[Sliding]] = {'regional': Regional, 'sliding': Sliding}
-for _function in ('means_of_regions', 'means_of_windows', 'mean_over_scales'):
+for _function in ('means_of_regions', 'means_of_windows'):
     torch.fx.wrap(_function)  # a symbolic tracer does not know the size of a map: it records a call
 
 
@@ -86,10 +74,9 @@ def means_of_windows(x: Tensor, scales: list[int]) -> Tensor:
     return torch.cat(y, 1).to(x.dtype)
 
 
-def mean_over_scales(z: Tensor, x: Tensor, scales: int, at_cells: bool) -> Tensor:
-    """Z at positions or at blocks of them, of z at cells, or without `at_cells` at positions.
-
-    Sums follow the order of memory, here and in the backward pass.
+def spread(z: Tensor, x: Tensor, scales: int, at_cells: bool) -> Tensor:
+    """Z = 1/L Σ_K z_K, of z, (B, L·C, rows, cols), at the positions of x, (B, C, H, W), or of its blocks of positions,
+    (B, C, rows, h, W). Without `at_cells` z is at positions. Sums follow the order of memory, as their gradients do.
     """
     batch, _, height, width = x.shape
     rows, cols = (z.shape[2], z.shape[3]) if at_cells else (height, width)
@@ -182,32 +169,27 @@ def _axis(size: int, scales: list[int], mean: bool, x: Tensor) -> Tensor:
     return members / (ends - (region * size + scale - 1) // scale).clamp(min=1) if mean else members
 
 
-@lru_cache(maxsize=32)  # of at most 4 MB
-def _array(double: bool, height: int, width: int, of_rows: tuple, of_cols: tuple, mean: bool) -> np.ndarray:
-    """What `_matrix` returns, by NumPy."""
+def _constant(x: Tensor, height: int, width: int, of_rows: tuple, of_cols: tuple, mean: bool) -> Tensor:
+    """The same by NumPy."""
+    key = (x.dtype, x.device, height, width, of_rows, of_cols, mean)
+    if type(x) is Tensor and key in _kept:
+        return _kept[key]
     axes = []
     for size, scales in ((height, of_rows), (width, of_cols)):
         cells, scale = math.lcm(*scales), np.array(scales)[:, None]
         members = np.arange(cells)[:, None, None] * scale // cells == np.arange(size) * scale // size
         axes.append(members / np.add.reduce(members, 2, keepdims=True) if mean else members)  # sum imports when called
-    product = axes[0][:, None, :, :, None] * axes[1][:, :, None]
-    return product.reshape(1, -1, height * width).astype(np.float64 if double else np.float32)
-
-
-def _constant(x: Tensor, *what) -> Tensor:
-    """The array of `what`, in the dtype and on the device of x."""
-    double, key = x.dtype == torch.float64, (x.dtype, x.device, *what)
+    product = (axes[0][:, None, :, :, None] * axes[1][:, :, None]).reshape(1, -1, height * width)
+    array = product.astype(np.float64 if x.dtype == torch.float64 else np.float32)
     if type(x) is not Tensor:  # a fake one, say, which is exported. By from_numpy ONNX would have eight nodes more.
-        return x.new_tensor(_array(double, *what).tolist())
-    if x.device.type == 'cpu':
-        return torch.from_numpy(_array(double, *what)).to(x.dtype)
-    if key in _on_gpu:  # a copy in each call would stall it
-        return _on_gpu[key]
+        return x.new_tensor(array.tolist())
     with torch.inference_mode(False):
-        matrix = torch.from_numpy(_array(double, *what)).to(x.device, x.dtype)  # waits: every stream finds it whole
-    try:
-        if matrix.untyped_storage().nbytes() + sum(m.nbytes for m in _on_gpu.values()) <= 2**27:
-            _on_gpu[key] = matrix  # for good: what is freed, another stream could still be reading
-    except NotImplementedError:  # a transformation of torch.func wraps it, and ends before the process does
-        pass
+        matrix = torch.from_numpy(array).to(x.device, x.dtype)  # waits: every stream finds it whole
+    with suppress(NotImplementedError):  # a transformation of torch.func wraps it, and ends before the process does
+        kept = matrix.untyped_storage().nbytes() + sum(m.nbytes for m in _kept.values())
+        if type(matrix) is Tensor and kept <= 2**27:
+            _kept[key] = matrix  # for good: what is freed, another stream could still be reading
     return matrix
+
+
+_kept: dict[tuple, Tensor] = {}

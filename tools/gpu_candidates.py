@@ -68,7 +68,7 @@ def gate_by_bmm(self: Gate, y: Tensor) -> Tensor:
 def fused_forward(self: timm_msar.MultiScaleRecalibration, x: Tensor, source: Tensor | None = None) -> Tensor:
     z = self.gate(self.regions(x if source is None else source))
     if self.strategy != 'regional' or not x.is_contiguous(memory_format=torch.channels_last):
-        return regions.times(x, self.regions.spread(z, x, len(self.scales)))
+        return regions.times(x, regions.spread(z, x, len(self.scales), self.regions.at_cells))
     cells = z.permute(0, 2, 3, 1).unflatten(3, (len(self.scales), -1)).mean(3)
     return Product.apply(x, cells.to(x.dtype).contiguous())
 
