@@ -14,6 +14,7 @@ from timm_msar.regions import _kept
 
 BEFORE = """
 import atexit, os, signal, sys
+from concurrent.futures import ThreadPoolExecutor
 import slow_reference, torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from timm_msar import MultiScaleRecalibration
@@ -61,9 +62,10 @@ with FakeTensorMode(allow_non_fake_inputs=True) as mode:
     'other dtypes': """
 for dtype in (torch.bfloat16, torch.float64):
     use(lambda layer, x: layer.to(dtype)(x.to(dtype)).float() is layer.float())""",
-    'fork': """
-if os.fork() == 0: check(); os._exit(0)
-os.wait()""",
+    'threads': """
+sys.setswitchinterval(1e-6)
+with ThreadPoolExecutor(8) as threads:
+    list(threads.map(layers[0].eval(), [torch.randn(1, 4, 5, size) for size in range(5, 405)]))""",
     'after fork': """
 use()
 if os.fork() == 0: check(); os._exit(0)
@@ -116,13 +118,15 @@ def test_first_use(moment, results):
 def test_what_is_kept_belongs_to_no_mode_and_is_at_most_128_mb(device):
     layer, x = MultiScaleRecalibration(4, device=device).eval(), torch.zeros(2, 4, 7, 7, device=device)
     _kept.clear()
-    torch.func.hessian(lambda x: layer(x).sum())(x)
     with FakeTensorMode(allow_non_fake_inputs=True):
         layer(x)
-    assert not _kept  # they would be wrapped
-    with torch.inference_mode():
-        layer(x)
-    assert len(_kept) == 2 and not any(matrix.is_inference() for matrix in _kept.values())
+    assert not _kept
+    transformed = torch.func.hessian(lambda x: layer(x).sum()), torch.func.functionalize(layer)
+    for function in (*transformed, torch.inference_mode()(layer)):
+        _kept.clear()
+        function(x)
+        assert len(_kept) == 2 and not any(matrix.is_inference() for matrix in _kept.values())
+        assert all(torch.func.debug_unwrap(matrix) is matrix for matrix in _kept.values())
     layer(x.requires_grad_()).sum().backward()
     assert len(_kept) == 2
     for size in range(301, 401):

@@ -59,7 +59,6 @@ def trained(digits, tmp_path_factory) -> Path:
 
 def test_learns_real_digits(trained):
     summary = rows(trained)
-    print([(row['train_loss'], row['eval_top1']) for row in summary])
     assert [float(row['lr']) for row in summary] == pytest.approx([0.05] * 4 + [0.005] * 2 + [0.0005] * 2)
     assert float(summary[-1]['train_loss']) < float(summary[0]['train_loss']) / 2
     assert float(summary[-1]['eval_top1']) > 55  # guessing gives 25

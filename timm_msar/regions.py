@@ -1,11 +1,10 @@
 """The coordinate sets S_K of Section 3.2: from positions to the means over them, and from gates back to positions
 
-A strategy is a class, and `STRATEGIES` names it. R and R̄ are constants of the sizes of a map. NumPy makes them. It
-knows no mode of PyTorch's (inference_mode, functorch, fake tensors) and no default of the user's. It needs no thread.
+A strategy is a class, and `STRATEGIES` names it. R and R̄ are constants of the sizes of a map. NumPy makes them: it
+knows no mode of PyTorch's (inference_mode, functorch, fake tensors) and no default of the user's.
 """
 
 import math
-from contextlib import suppress
 
 import numpy as np
 import torch
@@ -47,6 +46,7 @@ class Sliding(nn.Module):
 
 
 STRATEGIES: dict[str, type[Regional] | type[Sliding]] = {'regional': Regional, 'sliding': Sliding}
+_kept: dict[tuple, Tensor] = {}  # constants, which belong to no mode
 for _function in ('means_of_regions', 'means_of_windows'):
     torch.fx.wrap(_function)  # a symbolic tracer does not know the size of a map: it records a call
 
@@ -80,7 +80,8 @@ def spread(z: Tensor, x: Tensor, scales: int, at_cells: bool) -> Tensor:
     """
     batch, _, height, width = x.shape
     rows, cols = (z.shape[2], z.shape[3]) if at_cells else (height, width)
-    last, channels = _is_channels_last(x), z.shape[1] // scales
+    # Whether x is channels_last, by strides: vmap cannot ask is_contiguous. A single column passes for contiguous.
+    last, channels = x.stride(1) == 1 and x.stride(3) != 1 and x.stride(2) != x.stride(3), z.shape[1] // scales
     if last:
         z = z.permute(0, 2, 3, 1).reshape(batch, rows, cols, scales, channels).mean(3)
     else:
@@ -105,11 +106,6 @@ def times(x: Tensor, gates: Tensor) -> Tensor:
     if gates.dim() == 4:  # a plain product where it will do: torch.jit.trace cannot record _unsafe_view
         return x * gates
     return torch.ops.aten._unsafe_view(x.view(gates.shape) * gates, x.shape)
-
-
-def _is_channels_last(x: Tensor) -> bool:
-    # Of a single column the strides do not say it: it passes for contiguous.
-    return x.stride(1) == 1 and x.stride(3) != 1 and x.stride(2) != x.stride(3)  # vmap cannot ask is_contiguous
 
 
 def _at_most(size: int, scales: list[int], training: bool) -> list[int]:
@@ -170,7 +166,7 @@ def _axis(size: int, scales: list[int], mean: bool, x: Tensor) -> Tensor:
 
 
 def _constant(x: Tensor, height: int, width: int, of_rows: tuple, of_cols: tuple, mean: bool) -> Tensor:
-    """The same by NumPy."""
+    """What `_matrix` returns, by NumPy. 128 MB of constants are kept, since launches and copies are time."""
     key = (x.dtype, x.device, height, width, of_rows, of_cols, mean)
     if type(x) is Tensor and key in _kept:
         return _kept[key]
@@ -185,11 +181,8 @@ def _constant(x: Tensor, height: int, width: int, of_rows: tuple, of_cols: tuple
         return x.new_tensor(array.tolist())
     with torch.inference_mode(False):
         matrix = torch.from_numpy(array).to(x.device, x.dtype)  # waits: every stream finds it whole
-    with suppress(NotImplementedError):  # a transformation of torch.func wraps it, and ends before the process does
-        kept = matrix.untyped_storage().nbytes() + sum(m.nbytes for m in _kept.values())
-        if type(matrix) is Tensor and kept <= 2**27:
-            _kept[key] = matrix  # for good: what is freed, another stream could still be reading
+    matrix = torch.func.debug_unwrap(matrix)  # a transformation of torch.func wraps it, and ends
+    # A list, since another thread may add to it meanwhile.
+    if type(matrix) is Tensor and matrix.nbytes + sum([m.nbytes for m in list(_kept.values())]) <= 2**27:
+        _kept[key] = matrix  # for good: what is freed, another stream could still be reading
     return matrix
-
-
-_kept: dict[tuple, Tensor] = {}
