@@ -64,8 +64,7 @@ for dtype in (torch.bfloat16, torch.float64):
     use(lambda layer, x: layer.to(dtype)(x.to(dtype)).float() is layer.float())""",
     'threads': """
 sys.setswitchinterval(1e-6)
-with ThreadPoolExecutor(8) as threads:
-    list(threads.map(layers[0].eval(), [torch.randn(1, 4, 5, size) for size in range(5, 405)]))""",
+list(ThreadPoolExecutor(8).map(layers[0].eval(), [torch.randn(1, 4, 5, size) for size in range(5, 405)]))""",
     'after fork': """
 use()
 if os.fork() == 0: check(); os._exit(0)
@@ -121,10 +120,9 @@ def test_what_is_kept_belongs_to_no_mode_and_is_at_most_128_mb(device):
     with FakeTensorMode(allow_non_fake_inputs=True):
         layer(x)
     assert not _kept
-    transformed = torch.func.hessian(lambda x: layer(x).sum()), torch.func.functionalize(layer)
-    for function in (*transformed, torch.inference_mode()(layer)):
+    for mode in (lambda f: torch.func.hessian(lambda x: f(x).sum()), torch.func.functionalize, torch.inference_mode()):
         _kept.clear()
-        function(x)
+        mode(layer)(x)
         assert len(_kept) == 2 and not any(matrix.is_inference() for matrix in _kept.values())
         assert all(torch.func.debug_unwrap(matrix) is matrix for matrix in _kept.values())
     layer(x.requires_grad_()).sum().backward()

@@ -47,8 +47,8 @@ class Sliding(nn.Module):
 
 STRATEGIES: dict[str, type[Regional] | type[Sliding]] = {'regional': Regional, 'sliding': Sliding}
 _kept: dict[tuple, Tensor] = {}  # constants, which belong to no mode
-for _function in ('means_of_regions', 'means_of_windows'):
-    torch.fx.wrap(_function)  # a symbolic tracer does not know the size of a map: it records a call
+torch.fx.wrap('means_of_regions')  # a symbolic tracer does not know the size of a map: it records a call
+torch.fx.wrap('means_of_windows')
 
 
 def means_of_regions(x: Tensor, scales: list[int], training: bool) -> Tensor:
@@ -181,7 +181,7 @@ def _constant(x: Tensor, height: int, width: int, of_rows: tuple, of_cols: tuple
         return x.new_tensor(array.tolist())
     with torch.inference_mode(False):
         matrix = torch.from_numpy(array).to(x.device, x.dtype)  # waits: every stream finds it whole
-    matrix = torch.func.debug_unwrap(matrix)  # a transformation of torch.func wraps it, and ends
+    matrix = torch.func.debug_unwrap(matrix)  # a transformation of torch.func wraps it, while it lasts
     # A list, since another thread may add to it meanwhile.
     if type(matrix) is Tensor and matrix.nbytes + sum([m.nbytes for m in list(_kept.values())]) <= 2**27:
         _kept[key] = matrix  # for good: what is freed, another stream could still be reading
